@@ -1,0 +1,112 @@
+"""Which axes of x are batch, spatial and channel, and how its channels form groups."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+
+class Axes(NamedTuple):
+    """The role of every axis of x; together they are all its axes, none of them negative."""
+
+    batch: tuple[int, ...]
+    spatial: tuple[int, ...]
+    channel: int
+
+
+def resolve_axes(rank: int, channel_axis: int, reduction_axes: int | Sequence[int] | None) -> Axes:
+    """Names the batch, spatial and channel axes of an array of this rank.
+
+    Raises:
+        ValueError: an axis is out of range or repeated, or the channel axis is not reduced.
+        TypeError: an axis is not an integer.
+    """
+    if rank == 0:
+        raise ValueError("x must have a channel axis: got a scalar; its rank must be 1 or more.")
+    channel = _resolve_axis(rank, channel_axis, "channel_axis")
+    if reduction_axes is None:
+        reduced = [axis for axis in range(rank) if axis > 0 or axis == channel]
+    else:
+        reduced = _resolve_reduction_axes(rank, reduction_axes)
+        if channel not in reduced:
+            raise ValueError(
+                "reduction_axes must contain the channel axis: "
+                f"got reduction_axes={reduction_axes} with channel_axis={channel_axis}."
+            )
+    return Axes(
+        batch=tuple(axis for axis in range(rank) if axis not in reduced),
+        spatial=tuple(axis for axis in reduced if axis != channel),
+        channel=channel,
+    )
+
+
+def check_num_groups(num_groups: Any, channels: int) -> int:
+    """Returns num_groups if it divides the channels."""
+    num_groups = _positive_integer(num_groups, "num_groups")
+    if channels % num_groups:
+        raise ValueError(
+            f"num_groups must divide the channels: got num_groups={num_groups} for {channels} "
+            f"channels; the nearest that do are {_nearest_divisors(channels, num_groups)}."
+        )
+    return num_groups
+
+
+def num_groups_from(num_groups: Any, group_size: Any, channels: int) -> int:
+    """Returns the number of groups, given by count or by size, if it divides the channels."""
+    if (num_groups is None) == (group_size is None):
+        raise ValueError(
+            "exactly one of num_groups and group_size must be given: "
+            f"got num_groups={num_groups} and group_size={group_size}; "
+            "to give the size, write num_groups=None, group_size=..."
+        )
+    if group_size is None:
+        return check_num_groups(num_groups, channels)
+    group_size = _positive_integer(group_size, "group_size")
+    if channels % group_size:
+        raise ValueError(
+            f"group_size must divide the channels: got group_size={group_size} for {channels} "
+            f"channels; the nearest that do are {_nearest_divisors(channels, group_size)}."
+        )
+    return channels // group_size
+
+
+def _resolve_axis(rank: int, axis: Any, name: str) -> int:
+    try:
+        index = operator.index(axis)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer: got {axis!r}.") from None
+    if not -rank <= index < rank:
+        raise ValueError(
+            f"{name} must lie in [{-rank}, {rank}) for an x of rank {rank}: got {index}."
+        )
+    return index % rank
+
+
+def _resolve_reduction_axes(rank: int, reduction_axes: int | Sequence[int]) -> list[int]:
+    axes = reduction_axes if isinstance(reduction_axes, Sequence) else (reduction_axes,)
+    reduced = sorted(_resolve_axis(rank, axis, "reduction_axes") for axis in axes)
+    if len(set(reduced)) < len(reduced):
+        raise ValueError(
+            f"reduction_axes must not repeat an axis: got {reduction_axes} for an x of rank {rank}."
+        )
+    return reduced
+
+
+def _positive_integer(value: Any, name: str) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be an integer known when the call is traced: got {value!r}."
+        ) from None
+    if number < 1:
+        raise ValueError(f"{name} must be 1 or more: got {number}.")
+    return number
+
+
+def _nearest_divisors(channels: int, number: int) -> str:
+    divisors = [divisor for divisor in range(1, channels + 1) if channels % divisor == 0]
+    below = [divisor for divisor in divisors if divisor < number][-1:]
+    above = [divisor for divisor in divisors if divisor > number][:1]
+    return " and ".join(str(divisor) for divisor in below + above)

@@ -1,0 +1,279 @@
+"""Group normalization as a pure function: axes → moments → coefficients → output."""
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Bool, Num
+
+from jgn._axes import Axes, check_num_groups, resolve_axes
+from jgn._moments import RESIDUAL, Groups, Shards, moments
+
+
+def group_norm(
+    x: Num[ArrayLike, "*shape"],
+    num_groups: int,
+    scale: Num[ArrayLike, "*batch channels"] | None = None,
+    bias: Num[ArrayLike, "*batch channels"] | None = None,
+    *,
+    epsilon: float = 1e-5,
+    channel_axis: int = -1,
+    reduction_axes: int | Sequence[int] | None = None,
+    mask: Bool[ArrayLike, "*broadcastable"] | None = None,
+    axis_name: str | Sequence[str] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    activation: Callable[[Array], Array] | None = None,
+    dtype: DTypeLike | None = None,
+) -> Num[Array, "*shape"]:
+    """Normalizes each group of channels of each sample to zero mean and unit variance.
+
+    With the mean μ and the biased variance σ² over one sample's one group, its channels and all
+    its positions,
+
+        y = scale · (x − μ) / √(σ² + epsilon) + bias
+
+    `num_groups=1` is layer normalization over the channels and all positions, and `num_groups`
+    equal to the channels is instance normalization. The statistics come from x in training and
+    evaluation alike. Derivatives of every order, forward and reverse, come from JAX; for the
+    backward pass only x and a few numbers a group are kept, with an activation too.
+
+    Args:
+        x: Any shape of rank 1 or more, by default (batch, *spatial, channels). float16, bfloat16,
+            float32, float64, complex64 or complex128; integers and booleans become what `jnp.mean`
+            makes of them. Moments are computed in float32 at least.
+        num_groups: How many groups of contiguous channels to form; it divides the channels.
+        scale: Factor of each channel, (channels,), or of each sample's channels, (*batch,
+            channels). None: 1.
+        bias: Offset of each channel, of the same shapes. None: 0.
+        epsilon: Added to the variance, in x's units squared. Note that flax's default is 1e-6.
+        channel_axis: The axis of the channels. 0 means that there is no batch axis, unless
+            `reduction_axes` says otherwise.
+        reduction_axes: The axes to reduce, the channel axis among them; all others are batch axes.
+            None: all but axis 0.
+        mask: Broadcastable to x; True counts toward the moments. All positions are normalized.
+            Where it is False, x may hold anything: a value that is not finite is read as 0. A
+            group without any True has mean 0 and variance 0.
+        axis_name: Mapped axes, as in `jax.lax.psum`, over which the moments are shared, weighted
+            by how many elements each shard counts.
+        axis_index_groups: Which indices along `axis_name` share moments, as in `jax.lax.psum`.
+        activation: An elementwise function such as `jax.nn.silu`, applied to y before it is
+            rounded to the output's dtype.
+        dtype: The dtype of the output. None: that of x, once promoted.
+
+    Returns:
+        y, of x's shape. A group of equal elements, or of one, gives bias exactly. A NaN or an
+        infinity reaches its own sample's own group only.
+
+    Raises:
+        ValueError: `num_groups` does not divide the channels; an axis is out of range, repeated or
+            missing; scale, bias or mask has another shape; epsilon is negative.
+        TypeError: x, scale, bias, mask or dtype has an unusable dtype; a count or an axis is not
+            an integer; activation is not callable.
+
+    Example:
+        >>> import jax.numpy as jnp, jgn
+        >>> x = jnp.array([[1., 3., 10., 30.]])          # one sample, four channels
+        >>> jgn.group_norm(x, num_groups=2).round(3)     # (1, 3) and (10, 30)
+        Array([[-1.,  1., -1.,  1.]], dtype=float32)
+
+    References:
+        Wu and He, Group Normalization, 2018, https://arxiv.org/abs/1803.08494
+    """
+    x = _as_numbers(x, "x")
+    axes = resolve_axes(x.ndim, channel_axis, reduction_axes)
+    check_num_groups(num_groups, x.shape[axes.channel])
+    input_dtype = jax.eval_shape(jnp.mean, x).dtype if _is_integral(x.dtype) else x.dtype
+    output_dtype = input_dtype if dtype is None else _checked_output_dtype(dtype, input_dtype)
+    if activation is not None and not callable(activation):
+        raise TypeError(f"activation must be callable: got {activation!r}.")
+    return _group_norm(
+        x,
+        None if scale is None else _checked_per_channel(scale, "scale", x, axes),
+        None if bias is None else _checked_per_channel(bias, "bias", x, axes),
+        None if mask is None else _checked_mask(mask, x),
+        num_groups=operator.index(num_groups),
+        epsilon=_checked_epsilon(epsilon),
+        axes=axes,
+        shards=_shards(axis_name, axis_index_groups),
+        activation=activation,
+        compute_dtype=jnp.promote_types(jnp.promote_types(input_dtype, output_dtype), jnp.float32),
+        output_dtype=output_dtype,
+    )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "num_groups",
+        "epsilon",
+        "axes",
+        "shards",
+        "activation",
+        "compute_dtype",
+        "output_dtype",
+    ),
+)
+def _group_norm(x, scale, bias, mask, *, activation, compute_dtype, output_dtype, **options):
+    if math.prod(x.shape) == 0:
+        return jnp.zeros(x.shape, output_dtype)
+
+    # The barriers of prevent_cse keep XLA from merging the differences x − k of the forward pass
+    # with those of the backward pass, which would keep a second array of x's size in between.
+    @functools.partial(
+        jax.checkpoint,
+        policy=jax.checkpoint_policies.save_only_these_names(RESIDUAL),
+        prevent_cse=True,
+    )
+    def normalized(x, scale, bias):
+        y = _normalize(x.astype(compute_dtype), scale, bias, mask, **options)
+        return (y if activation is None else activation(y)).astype(output_dtype)
+
+    return normalized(x, scale, bias)
+
+
+def _normalize(
+    x: Array,
+    scale: Array | None,
+    bias: Array | None,
+    mask: Array | None,
+    *,
+    num_groups: int,
+    epsilon: float,
+    axes: Axes,
+    shards: Shards,
+) -> Array:
+    if mask is not None:
+        mask = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
+        # So that 0 · x = 0 under the mask, whatever multiplies x in the backward pass.
+        x = jnp.where(mask | (jnp.abs(x) < math.sqrt(jnp.finfo(x.dtype).max)), x, 0)
+
+    groups = Groups(axes.channel, num_groups, x.shape[axes.channel] // num_groups)
+    pivot, mean, variance = moments(x, axes, groups, mask, shards)
+
+    # y = scale · (x − μ) / √(σ² + ε) + bias = (x − pivot) · a + b
+    a = groups.spread(_inverse_sqrt(variance + epsilon)).astype(x.dtype)
+    if scale is not None:
+        a = a * _per_channel(scale.astype(x.dtype), axes)
+    b = -groups.spread(mean) * a
+    if bias is not None:
+        b = b + _per_channel(bias.astype(x.dtype), axes)
+    return (x - pivot) * a + b
+
+
+def _inverse_sqrt(x: Array) -> Array:
+    """1/√x, and 0 for x = 0: a group without variance or epsilon is all bias.
+
+    Unlike those of `lax.rsqrt`, the intermediate values of its derivative stay in range wherever x
+    itself does.
+    """
+    positive = jnp.where(x == 0, 1, x)
+    return jnp.where(x == 0, 0, 1 / jnp.sqrt(positive))
+
+
+def _per_channel(values: Array, axes: Axes) -> Array:
+    """Lays (channels,) or (*batch, channels) out along the axes of x, with ones elsewhere."""
+    if values.ndim == 1:
+        owners = (axes.channel,)
+    else:
+        owners = (*axes.batch, axes.channel)
+    rank = len(axes.batch) + len(axes.spatial) + 1
+    in_order = jnp.transpose(values, sorted(range(len(owners)), key=owners.__getitem__))
+    return jnp.expand_dims(in_order, [axis for axis in range(rank) if axis not in owners])
+
+
+def _as_numbers(value: Any, name: str) -> Array:
+    try:
+        array = jnp.asarray(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be an array of numbers: got {value!r:.60}.") from None
+    supported = any(array.dtype == dtype for dtype in _FLOATING) or _is_integral(array.dtype)
+    if not supported:
+        raise TypeError(
+            f"{name} must be float16, bfloat16, float32, float64, complex64, complex128, integer "
+            f"or boolean: got {array.dtype}."
+        )
+    return array
+
+
+_FLOATING = (
+    jnp.float16,
+    jnp.bfloat16,
+    jnp.float32,
+    jnp.float64,
+    jnp.complex64,
+    jnp.complex128,
+)
+
+
+def _is_integral(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.bool_
+
+
+def _checked_output_dtype(dtype: DTypeLike, input_dtype: Any) -> Any:
+    output_dtype = jax.dtypes.canonicalize_dtype(dtype)
+    if output_dtype not in _FLOATING:
+        raise TypeError(f"dtype must be floating or complex: got {output_dtype}.")
+    if jnp.issubdtype(input_dtype, jnp.complexfloating) and not jnp.issubdtype(
+        output_dtype, jnp.complexfloating
+    ):
+        raise TypeError(f"dtype must be complex for a complex x: got {output_dtype}.")
+    return output_dtype
+
+
+def _checked_per_channel(value: Any, name: str, x: Array, axes: Axes) -> Array:
+    values = _as_numbers(value, name)
+    channels = x.shape[axes.channel]
+    rows = (*(x.shape[axis] for axis in axes.batch), channels)
+    if values.shape not in ((channels,), rows):
+        shapes = " or ".join(dict.fromkeys([f"({channels},)", str(rows)]))
+        raise ValueError(
+            f"{name} must have one value a channel, shape {shapes}, for an x of shape {x.shape}: "
+            f"got shape {values.shape}."
+        )
+    if jnp.iscomplexobj(values) and not jnp.iscomplexobj(x):
+        raise TypeError(f"{name} must be real for a real x: got {values.dtype} for {x.dtype}.")
+    return values
+
+
+def _checked_mask(mask: Any, x: Array) -> Array:
+    mask = _as_numbers(mask, "mask")
+    if mask.dtype != jnp.bool_:
+        raise TypeError(f"mask must be boolean: got {mask.dtype}; write mask != 0.")
+    trailing = x.shape[x.ndim - mask.ndim :]
+    if mask.ndim > x.ndim or any(
+        m not in (1, size) for m, size in zip(mask.shape, trailing, strict=True)
+    ):
+        raise ValueError(
+            f"mask must be broadcastable to x: got shape {mask.shape} for an x of shape {x.shape}; "
+            "give it x's rank, with size 1 where it does not vary."
+        )
+    return mask
+
+
+def _checked_epsilon(epsilon: Any) -> float:
+    try:
+        value = float(epsilon)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"epsilon must be a number known when the call is traced: got {epsilon!r}."
+        ) from None
+    if not 0 <= value < math.inf:
+        raise ValueError(f"epsilon must be finite and not negative: got {value}.")
+    return value
+
+
+def _shards(axis_name: Any, axis_index_groups: Any) -> Shards:
+    if axis_name is None and axis_index_groups is not None:
+        raise ValueError(
+            f"axis_index_groups needs axis_name: got {axis_index_groups} with axis_name=None."
+        )
+    return Shards(
+        axis_name if axis_name is None or isinstance(axis_name, str) else tuple(axis_name),
+        None if axis_index_groups is None else tuple(map(tuple, axis_index_groups)),
+    )
