@@ -153,7 +153,7 @@ def _normalize(
         # So that 0 · x = 0 under the mask, whatever multiplies x in the backward pass.
         x = jnp.where(mask | (jnp.abs(x) < math.sqrt(jnp.finfo(x.dtype).max)), x, 0)
 
-    groups = Groups(axes.channel, num_groups, x.shape[axes.channel] // num_groups)
+    groups = Groups(x, axes.channel, num_groups)
     pivot, mean, variance = moments(x, axes, groups, mask, shards)
 
     # y = scale · (x − μ) / √(σ² + ε) + bias = (x − pivot) · a + b
@@ -178,10 +178,7 @@ def _inverse_sqrt(x: Array) -> Array:
 
 def _per_channel(values: Array, axes: Axes) -> Array:
     """Lays (channels,) or (*batch, channels) out along the axes of x, with ones elsewhere."""
-    if values.ndim == 1:
-        owners = (axes.channel,)
-    else:
-        owners = (*axes.batch, axes.channel)
+    owners = (axes.channel,) if values.ndim == 1 else (*axes.batch, axes.channel)
     rank = len(axes.batch) + len(axes.spatial) + 1
     in_order = jnp.transpose(values, sorted(range(len(owners)), key=owners.__getitem__))
     return jnp.expand_dims(in_order, [axis for axis in range(rank) if axis not in owners])

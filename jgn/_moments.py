@@ -18,9 +18,11 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jgn._axes import Axes
 
@@ -49,10 +51,13 @@ class Groups:
 
     COPIES = 2
 
-    def __init__(self, channel_axis: int, num_groups: int, group_size: int):
+    def __init__(self, x: Array, channel_axis: int, num_groups: int):
         self._channel_axis = channel_axis
         self._num_groups = num_groups
-        self.group_size = group_size
+        self.group_size = x.shape[channel_axis] // num_groups
+        sharding = jax.typeof(x).sharding
+        self._channel_sharding = sharding.spec[channel_axis]
+        self._span_devices = num_groups % _partitions(sharding, channel_axis) != 0
 
     def sum(self, per_channel: Array) -> Array:
         grouped = self._split(per_channel)
@@ -68,11 +73,27 @@ class Groups:
 
     def _split(self, per_channel: Array) -> Array:
         last = jnp.moveaxis(per_channel, self._channel_axis, -1)
+        if self._span_devices:
+            last = _reshard_last(last, None)
         return last.reshape(*last.shape[:-1], self._num_groups, self.group_size)
 
     def _join(self, grouped: Array) -> Array:
         last = grouped.reshape(*grouped.shape[:-2], self._num_groups * self.group_size)
+        if self._span_devices:
+            last = _reshard_last(last, self._channel_sharding)
         return jnp.moveaxis(last, -1, self._channel_axis)
+
+
+def _partitions(sharding: NamedSharding, axis: int) -> int:
+    """Over how many devices explicitly typed mesh axes split this axis."""
+    names = sharding.spec[axis] or ()
+    names = (names,) if isinstance(names, str) else names
+    return math.prod(sharding.mesh.shape[name] for name in names)
+
+
+def _reshard_last(x: Array, sharding: str | tuple[str, ...] | None) -> Array:
+    spec = jax.typeof(x).sharding.spec
+    return jax.sharding.reshard(x, PartitionSpec(*spec[:-1], sharding))
 
 
 class Shards(NamedTuple):
@@ -150,6 +171,8 @@ def _one_in(stride: int, x: Array, spatial: tuple[int, ...]) -> Array:
     strides = [1] * x.ndim
     for axis in spatial:
         size = x.shape[axis]
+        if _partitions(jax.typeof(x).sharding, axis) > 1:
+            continue  # Slices of an explicitly sharded axis must divide evenly.
         # A symbolic size is not known to be small.
         strides[axis] = min(stride, size) if isinstance(size, int) else stride
         stride //= strides[axis]
