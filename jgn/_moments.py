@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
@@ -44,12 +45,11 @@ class Moments(NamedTuple):
 class Groups:
     """Combines the channels of each group, and spreads one value a group over its channels.
 
-    The sum and the spreading are matrix products with every group's value in two copies. XLA:CPU
-    would fuse a plain broadcast, which is also the transpose of a plain sum, into the loop over x:
-    an integer division of the channel index for each element, dearer than the rest of the loop.
+    The sum and the spreading are products with a matrix of two columns, ones and zeros, which put
+    each group's value in the first of two places. XLA:CPU would fuse a plain broadcast, which is
+    also the transpose of a plain sum, into the loop over x: an integer division of the channel
+    index for each element, dearer than the rest of the loop. It fuses no product of inner size 2.
     """
-
-    COPIES = 2
 
     def __init__(self, x: Array, channel_axis: int, num_groups: int):
         self._channel_axis = channel_axis
@@ -58,18 +58,19 @@ class Groups:
         sharding = jax.typeof(x).sharding
         self._channel_sharding = sharding.spec[channel_axis]
         self._span_devices = num_groups % _partitions(sharding, channel_axis) != 0
+        # A literal: after a sum, XLA:CPU of jaxlib 0.10 to 0.12 gets the product with a matrix that
+        # it makes on the way, jnp.ones for example, wrong.
+        self._first_place = np.tile(np.array([1.0, 0.0]), (self.group_size, 1))
 
     def sum(self, per_channel: Array) -> Array:
-        grouped = self._split(per_channel)
-        return _matmul(grouped, jnp.ones((self.group_size, self.COPIES), grouped.dtype))
+        return _matmul(self._split(per_channel), self._first_place)
 
     def max(self, per_channel: Array) -> Array:
         largest = self._split(per_channel).max(axis=-1, keepdims=True)
-        return jnp.broadcast_to(largest, (*largest.shape[:-1], self.COPIES))
+        return jnp.pad(largest, [(0, 0)] * (largest.ndim - 1) + [(0, 1)])
 
     def spread(self, per_group: Array) -> Array:
-        shape = (self.COPIES, self.group_size)
-        return self._join(_matmul(per_group, jnp.full(shape, 1 / self.COPIES, per_group.dtype)))
+        return self._join(_matmul(per_group, self._first_place.T))
 
     def _split(self, per_channel: Array) -> Array:
         last = jnp.moveaxis(per_channel, self._channel_axis, -1)
@@ -185,8 +186,10 @@ def _count(x: Array, axes: Axes, groups: Groups, mask: Array | None) -> Array:
     if mask is None:
         positions = math.prod(x.shape[axis] for axis in axes.spatial)
         return jnp.asarray(positions * groups.group_size, real)
-    counted = jnp.broadcast_to(mask, x.shape).astype(real)
-    return groups.sum(counted.sum(axes.spatial, keepdims=True))
+    repeats = math.prod(x.shape[axis] for axis in axes.spatial if mask.shape[axis] == 1)
+    counted = mask.astype(real).sum(axes.spatial, keepdims=True) * repeats
+    per_channel = [1 if axis in axes.spatial else size for axis, size in enumerate(x.shape)]
+    return groups.sum(jnp.broadcast_to(counted, per_channel))
 
 
 def _squared_magnitude(d: Array) -> Array:
@@ -202,6 +205,7 @@ def _by_parts(function: Callable[[Array], Array], x: Array) -> Array:
     return function(x)
 
 
-def _matmul(a: Array, b: Array) -> Array:
+def _matmul(a: Array, b: np.ndarray) -> Array:
     dimensions = (((a.ndim - 1,), (0,)), ((), ()))
+    b = jnp.asarray(b, a.dtype)
     return lax.dot_general(a, b, dimensions, precision=lax.Precision.HIGHEST)
