@@ -13,7 +13,8 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Num
 
 from jgn._axes import Axes, check_num_groups, resolve_axes
-from jgn._moments import RESIDUAL, Groups, Shards, moments
+from jgn._groups import Groups
+from jgn._moments import RESIDUAL, Shards, moments
 
 
 def group_norm(
@@ -153,8 +154,8 @@ def _normalize(
         # So that 0 · x = 0 under the mask, whatever multiplies x in the backward pass.
         x = jnp.where(mask | (jnp.abs(x) < math.sqrt(jnp.finfo(x.dtype).max)), x, 0)
 
-    groups = Groups(x, axes.channel, num_groups)
-    pivot, mean, variance = moments(x, axes, groups, mask, shards)
+    groups = Groups(x, axes, num_groups)
+    pivot, mean, variance = moments(x, groups, mask, shards)
 
     # y = scale · (x − μ) / √(σ² + ε) + bias = (x − pivot) · a + b
     a = groups.spread(_inverse_sqrt(variance + epsilon)).astype(x.dtype)
