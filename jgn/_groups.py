@@ -94,8 +94,8 @@ class Groups:
 
 @functools.cache
 def _first_of_two(size: int, dtype: Any) -> np.ndarray:
-    # Not made by JAX: the product of a sum with a matrix that XLA:CPU makes on the way, jnp.ones for
-    # example, comes out wrong in jaxlib 0.10 to 0.12.
+    # A constant, not jnp.ones or the like: XLA:CPU of jaxlib 0.10 to 0.12 gets the product of a sum
+    # with a matrix that it makes on the way wrong.
     return np.tile(np.array([1, 0], dtype), (size, 1))
 
 
