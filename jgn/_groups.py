@@ -13,6 +13,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jgn._axes import Axes
 
 
+# More positions than any array has.
+EVERY = 2**62
+
+
 class Groups:
     """The groups of x: arrays of x's shape are reduced to one value a group, and spread again.
 
@@ -62,16 +66,16 @@ class Groups:
             return per_group
         return self._join(_matmul(per_group, _first_of_two(self._size, per_group.dtype), 1))
 
-    def sample(self, stride: int, x: Array) -> Array:
-        """At least one in `stride` of the positions, skipping along the first spatial axes."""
+    def sample(self, x: Array, one_in: int) -> Array:
+        """At least one in so many positions of x, skipping along the first spatial axes first."""
         strides = [1] * x.ndim
         for axis in self._axes.spatial:
             size = x.shape[axis]
             if _partitions(jax.typeof(x).sharding, axis) > 1:
                 continue  # Slices of an explicitly sharded axis must divide evenly.
             # A symbolic size is not known to be small.
-            strides[axis] = min(stride, size) if isinstance(size, int) else stride
-            stride //= strides[axis]
+            strides[axis] = min(one_in, size) if isinstance(size, int) else one_in
+            one_in //= strides[axis]
         return lax.slice(x, (0,) * x.ndim, x.shape, strides)
 
     def _sum_of_channels(self, per_channel: Array) -> Array:

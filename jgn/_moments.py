@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jgn._groups import Groups
+from jgn._groups import EVERY, Groups
 
 # One position in so many decides the pivot: 2 % of a pass over x, and an error of at most 65 u.
 STRIDE = 64
@@ -78,19 +78,17 @@ def moments(x: Array, groups: Groups, mask: Array | None, shards: Shards) -> Mom
 def _pivot(x: Array, groups: Groups, mask: Array | None, shards: Shards) -> Array:
     """The mean of a sample of every group, or of all that the mask counts: one value a group.
 
-    It is taken around the sample's largest element, which makes it exact where all are equal: in a
-    constant group d = 0.
+    It is taken around one of the elements, which makes it exact where all are equal: in a constant
+    group d = 0.
     """
     if mask is None:
-        x = groups.sample(STRIDE, x)
+        x = groups.sample(x, one_in=STRIDE)
+        candidates = groups.sample(x, one_in=EVERY)
+    else:
+        candidates = _where(mask, x, -jnp.inf)
     n = groups.count(x, mask)
-
-    def largest(part: Array) -> Array:
-        return groups.max(_where(mask, part, -jnp.inf))
-
-    anchor = jnp.where(n == 0, 0, _by_parts(largest, x))
-    beyond = _where(mask, x - groups.spread(anchor), 0)
-    k = anchor + groups.sum(beyond) / jnp.maximum(n, 1)
+    anchor = jnp.where(n == 0, 0, _by_parts(groups.max, candidates))
+    k = anchor + groups.sum(_where(mask, x - groups.spread(anchor), 0)) / jnp.maximum(n, 1)
 
     def one_for_all_shards(part: Array) -> Array:
         chosen = shards.max(jnp.where(n == 0, -jnp.inf, part))
