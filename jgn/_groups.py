@@ -12,7 +12,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jgn._axes import Axes
 
-
 # More positions than any array has.
 EVERY = 2**62
 

@@ -1,0 +1,219 @@
+"""Eight devices: values equal the unsharded ones, and only moments travel between devices."""
+
+import itertools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jgn
+
+SHAPE = (8, 16, 32, 64)
+X = np.random.default_rng(0).normal(2, 3, SHAPE).astype(np.float32)
+SCALE = np.linspace(0.5, 2, SHAPE[-1], dtype=np.float32)
+BIAS = np.linspace(-1, 1, SHAPE[-1], dtype=np.float32)
+COTANGENT = np.random.default_rng(1).normal(size=SHAPE).astype(np.float32)
+ALIGNED, SPANNING = 8, 2  # groups: one a device when the channels are split, or one over four
+
+AXIS_TYPES = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+COLLECTIVE = re.compile(r"= (.+?) (all-|collective-|reduce-scatter|ragged-)[\w-]*\(")
+
+pytestmark = pytest.mark.skipif(
+    jax.device_count() < 8, reason="needs eight devices; a CPU simulates them, see conftest.py"
+)
+
+
+def mesh_of(axis_type, **sizes):
+    axis_types = (axis_type,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types)
+
+
+def collectives(compiled):
+    """The bytes of every collective of a compiled program."""
+    return [
+        sum(
+            4 * math.prod(int(size) for size in sizes.split(",") if size)
+            for sizes in re.findall(r"f32\[([\d,]*)\]", result)
+        )
+        for result, _ in COLLECTIVE.findall(compiled.as_text())
+    ]
+
+
+def normalized(x, num_groups):
+    return jgn.group_norm(x, num_groups)
+
+
+def x_gradient(x, num_groups):
+    return jax.grad(lambda x: (jgn.group_norm(x, num_groups) ** 3).sum())(x)
+
+
+def compiled_for(function, mesh, spec, num_groups):
+    x = jax.device_put(X, NamedSharding(mesh, spec))
+    with jax.set_mesh(mesh):
+        return jax.jit(lambda x: function(x, num_groups)).lower(x).compile()
+
+
+LAYOUTS = {
+    "batch": ({"a": 8}, P("a")),
+    "height": ({"a": 8}, P(None, "a")),
+    "width": ({"a": 8}, P(None, None, "a")),
+    "channels": ({"a": 8}, P(None, None, None, "a")),
+    "batch and space": ({"a": 2, "b": 4}, P("a", "b")),
+    "batch and channels": ({"a": 2, "b": 4}, P("a", None, None, "b")),
+    "space and channels": ({"a": 2, "b": 4}, P(None, "a", None, "b")),
+    "both axes on space": ({"a": 2, "b": 4}, P(None, ("a", "b"))),
+    "both axes on channels": ({"a": 2, "b": 4}, P(None, None, None, ("a", "b"))),
+}
+CASES = pytest.mark.parametrize(
+    ("layout", "num_groups"), list(itertools.product(LAYOUTS, (ALIGNED, SPANNING)))
+)
+
+
+@AXIS_TYPES
+@CASES
+def test_values_and_gradients_equal_the_unsharded_ones(layout, num_groups, axis_type):
+    sizes, spec = LAYOUTS[layout]
+    mesh = mesh_of(axis_type, **sizes)
+    expected = jax.jit(
+        lambda x: jax.vjp(lambda x, s, b: jgn.group_norm(x, num_groups, s, b), x, SCALE, BIAS)[1](
+            COTANGENT
+        )
+    )(X)
+    sharding = NamedSharding(mesh, spec)
+    x, cotangent = jax.device_put(X, sharding), jax.device_put(COTANGENT, sharding)
+    with jax.set_mesh(mesh):
+        y, gradients = jax.jit(
+            lambda x, s, b, g: (
+                jgn.group_norm(x, num_groups, s, b),
+                jax.vjp(lambda x, s, b: jgn.group_norm(x, num_groups, s, b), x, s, b)[1](g),
+            )
+        )(x, SCALE, BIAS, cotangent)
+    # Sums in another order: √n roundings of the largest term, n the elements of one channel.
+    tolerance = 1e-6 * math.sqrt(X.size / SHAPE[-1])
+    np.testing.assert_allclose(y, jgn.group_norm(X, num_groups, SCALE, BIAS), rtol=0, atol=5e-6)
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(gradient, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
+    assert y.sharding.is_equivalent_to(sharding, y.ndim), "the output keeps x's sharding"
+    assert gradients[0].sharding.is_equivalent_to(sharding, y.ndim), "and so does x's gradient"
+
+
+@AXIS_TYPES
+@pytest.mark.parametrize("function", [normalized, x_gradient])
+@pytest.mark.parametrize("layout", ["batch", "channels", "batch and channels"])
+def test_whole_groups_on_a_device_need_no_collective(layout, function, axis_type):
+    sizes, spec = LAYOUTS[layout]
+    compiled = compiled_for(function, mesh_of(axis_type, **sizes), spec, ALIGNED)
+    assert collectives(compiled) == []
+
+
+@AXIS_TYPES
+def test_parameter_gradients_are_the_only_traffic_of_a_split_batch(axis_type):
+    mesh = mesh_of(axis_type, a=8)
+    x = jax.device_put(X, NamedSharding(mesh, P("a")))
+
+    def gradients(x, scale, bias):
+        return jax.grad(
+            lambda x, scale, bias: (jgn.group_norm(x, ALIGNED, scale, bias) ** 3).sum(), (0, 1, 2)
+        )(x, scale, bias)
+
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(gradients).lower(x, SCALE, BIAS).compile()
+    assert sum(collectives(compiled)) == SCALE.nbytes + BIAS.nbytes
+
+
+@AXIS_TYPES
+@pytest.mark.parametrize("layout", ["height", "width", "batch and space", "both axes on space"])
+def test_split_space_needs_two_all_reduces_of_moments(layout, axis_type):
+    sizes, spec = LAYOUTS[layout]
+    compiled = compiled_for(normalized, mesh_of(axis_type, **sizes), spec, ALIGNED)
+    traffic = collectives(compiled)
+    # One for the pivot and its anchor, one for the sums of d and d², of one value a channel each.
+    assert len(traffic) <= 4
+    assert sum(traffic) <= 4 * 4 * SHAPE[0] * SHAPE[-1]
+
+
+@AXIS_TYPES
+@pytest.mark.parametrize("layout", ["channels", "space and channels", "both axes on channels"])
+def test_groups_over_several_devices_exchange_moments_only(layout, axis_type):
+    sizes, spec = LAYOUTS[layout]
+    mesh = mesh_of(axis_type, **sizes)
+    for function in (normalized, x_gradient):
+        traffic = collectives(compiled_for(function, mesh, spec, SPANNING))
+        assert 0 < sum(traffic) < 0.05 * X.nbytes
+
+
+@pytest.mark.parametrize("spec", [P("a"), P(None, None, None, "a")])
+@pytest.mark.parametrize("num_groups", [ALIGNED, SPANNING])
+def test_the_layer_works_on_explicit_meshes(spec, num_groups):
+    mesh = mesh_of(AxisType.Explicit, a=8)
+    x = jax.device_put(X, NamedSharding(mesh, spec))
+    layer = jgn.GroupNorm(num_groups)
+    with jax.set_mesh(mesh):
+        variables = layer.init(jax.random.key(0), x)
+        gradient = jax.jit(jax.grad(lambda v: (layer.apply(v, x) ** 3).sum()))(variables)
+    expected = jax.grad(lambda v: (layer.apply(v, X) ** 3).sum())(
+        jax.tree.map(np.asarray, variables)
+    )
+    for name in ("scale", "bias"):
+        wanted = np.asarray(expected["params"][name])
+        np.testing.assert_allclose(
+            gradient["params"][name], wanted, rtol=0, atol=1e-4 * np.abs(wanted).max()
+        )
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("masked", [False, True])
+def test_shared_statistics_equal_the_unsharded_ones(masked, check_vma):
+    mask = np.ones((SHAPE[0], SHAPE[1], 1, 1), bool)
+    if masked:  # The last device of the first samples counts nothing at all.
+        mask = np.arange(SHAPE[1]).reshape(1, -1, 1, 1) < np.arange(9, 17).reshape(-1, 1, 1, 1)
+    mesh = mesh_of(AxisType.Auto, a=8)
+
+    def shared(x, mask):
+        return jgn.group_norm(x, ALIGNED, axis_name="a", mask=mask if masked else None)
+
+    sharded = jax.shard_map(
+        shared, mesh=mesh, in_specs=P(None, "a"), out_specs=P(None, "a"), check_vma=check_vma
+    )
+
+    def whole(x, mask):
+        return jgn.group_norm(x, ALIGNED, mask=mask)
+
+    def gradient(function):
+        return jax.jit(jax.grad(lambda x: (COTANGENT * mask * function(x, mask)).sum()))(X)
+
+    np.testing.assert_allclose(sharded(X, mask), whole(X, mask), rtol=0, atol=5e-6)
+    np.testing.assert_allclose(gradient(sharded), gradient(whole), rtol=0, atol=5e-6)
+    assert len(collectives(jax.jit(sharded).lower(X, mask).compile())) <= 2
+
+
+def test_index_groups_share_statistics_among_themselves():
+    mesh = mesh_of(AxisType.Auto, a=8)
+    halves = [[0, 1, 2, 3], [4, 5, 6, 7]]
+    y = jax.shard_map(
+        lambda x: jgn.group_norm(x, ALIGNED, axis_name="a", axis_index_groups=halves),
+        mesh=mesh,
+        in_specs=P(None, "a"),
+        out_specs=P(None, "a"),
+        check_vma=False,  # psum itself supports index groups only so.
+    )(X)
+    expected = np.concatenate(
+        [jgn.group_norm(half, ALIGNED) for half in np.split(X, 2, axis=1)], axis=1
+    )
+    np.testing.assert_allclose(y, expected, rtol=0, atol=5e-6)
+
+
+def test_an_axis_of_vmap_can_share_statistics():
+    parts = jnp.asarray(X).reshape(SHAPE[0], 4, 4, *SHAPE[2:])
+    y = jax.vmap(
+        lambda x: jgn.group_norm(x, ALIGNED, axis_name="parts"),
+        in_axes=1,
+        out_axes=1,
+        axis_name="parts",
+    )(parts)
+    np.testing.assert_allclose(y.reshape(SHAPE), jgn.group_norm(X, ALIGNED), rtol=0, atol=5e-6)
