@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jgn._axes import Axes
 
-# More positions than any array has.
-EVERY = 2**62
+# One in so many positions is the first alone, or a few in arrays beyond all memory.
+EVERY = 2**30
 
 
 class Groups:
