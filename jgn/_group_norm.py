@@ -86,7 +86,7 @@ def group_norm(
     References:
         Wu and He, Group Normalization, 2018, https://arxiv.org/abs/1803.08494
     """
-    x = _as_numbers(x, "x")
+    x = as_numbers(x, "x")
     axes = resolve_axes(x.ndim, channel_axis, reduction_axes)
     check_num_groups(num_groups, x.shape[axes.channel])
     input_dtype = jax.eval_shape(jnp.mean, x).dtype if _is_integral(x.dtype) else x.dtype
@@ -103,7 +103,7 @@ def group_norm(
         axes=axes,
         shards=_shards(axis_name, axis_index_groups),
         activation=activation,
-        compute_dtype=jnp.promote_types(jnp.promote_types(input_dtype, output_dtype), jnp.float32),
+        compute_dtype=_widest(input_dtype, output_dtype, jnp.float32),
         output_dtype=output_dtype,
     )
 
@@ -185,7 +185,7 @@ def _per_channel(values: Array, axes: Axes) -> Array:
     return jnp.expand_dims(in_order, [axis for axis in range(rank) if axis not in owners])
 
 
-def _as_numbers(value: Any, name: str) -> Array:
+def as_numbers(value: Any, name: str) -> Array:
     try:
         array = jnp.asarray(value)
     except (TypeError, ValueError):
@@ -209,6 +209,11 @@ _FLOATING = (
 )
 
 
+def _widest(*dtypes: Any) -> Any:
+    with jax.numpy_dtype_promotion("standard"):  # Whatever it is for the user's own arrays.
+        return functools.reduce(jnp.promote_types, dtypes)
+
+
 def _is_integral(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.bool_
 
@@ -225,7 +230,7 @@ def _checked_output_dtype(dtype: DTypeLike, input_dtype: Any) -> Any:
 
 
 def _checked_per_channel(value: Any, name: str, x: Array, axes: Axes) -> Array:
-    values = _as_numbers(value, name)
+    values = as_numbers(value, name)
     channels = x.shape[axes.channel]
     rows = (*(x.shape[axis] for axis in axes.batch), channels)
     if values.shape not in ((channels,), rows):
@@ -240,7 +245,7 @@ def _checked_per_channel(value: Any, name: str, x: Array, axes: Axes) -> Array:
 
 
 def _checked_mask(mask: Any, x: Array) -> Array:
-    mask = _as_numbers(mask, "mask")
+    mask = as_numbers(mask, "mask")
     if mask.dtype != jnp.bool_:
         raise TypeError(f"mask must be boolean: got {mask.dtype}; write mask != 0.")
     trailing = x.shape[x.ndim - mask.ndim :]

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Num
 
 from jgn._axes import num_groups_from, resolve_axes
-from jgn._group_norm import group_norm
+from jgn._group_norm import as_numbers, group_norm
 
 
 class GroupNorm(nn.Module):
@@ -85,8 +85,8 @@ class GroupNorm(nn.Module):
                 is given to a layer that learns its own; or as in `jgn.group_norm`.
             TypeError: as in `jgn.group_norm`.
         """
-        shape = jnp.shape(x)
-        channels = shape[resolve_axes(len(shape), self.channel_axis, self.reduction_axes).channel]
+        x = as_numbers(x, "x")
+        channels = x.shape[resolve_axes(x.ndim, self.channel_axis, self.reduction_axes).channel]
         num_groups = num_groups_from(self.num_groups, self.group_size, channels)
         return group_norm(
             x,

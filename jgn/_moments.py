@@ -55,7 +55,7 @@ class Shards(NamedTuple):
 def moments(x: Array, groups: Groups, mask: Array | None, shards: Shards) -> Moments:
     """Moments of every group of x, over all shards, counting the elements where mask is True."""
     # The identity holds for every k, so stopping its gradient changes no derivative of any order.
-    k = checkpoint_name(_pivot(lax.stop_gradient(x), groups, mask, shards), RESIDUAL)
+    k = _kept(_pivot(lax.stop_gradient(x), groups, mask, shards))
     k = groups.spread(k)
     # Equal differences x − k become one array in memory as soon as several passes read them. Copies
     # behind a barrier count as different, so that each pass subtracts its own on the way.
@@ -68,8 +68,8 @@ def moments(x: Array, groups: Groups, mask: Array | None, shards: Shards) -> Mom
         )
     )
     n = jnp.maximum(n, 1)
-    mean = checkpoint_name(sum_d / n, RESIDUAL)
-    mean_square = checkpoint_name(sum_d2 / n, RESIDUAL)
+    mean = _kept(sum_d / n.astype(x.dtype))
+    mean_square = _kept(sum_d2 / n)
     variance = mean_square - _squared_magnitude(mean)
     # Rounding can put σ² = 0 just below 0. A maximum would halve the derivative at exactly 0.
     return Moments(k_of_output, mean, jnp.where(variance < 0, 0, variance))
@@ -88,13 +88,19 @@ def _pivot(x: Array, groups: Groups, mask: Array | None, shards: Shards) -> Arra
         candidates = _where(mask, x, -jnp.inf)
     n = groups.count(x, mask)
     anchor = jnp.where(n == 0, 0, _by_parts(groups.max, candidates))
-    k = anchor + groups.sum(_where(mask, x - groups.spread(anchor), 0)) / jnp.maximum(n, 1)
+    sum_d = groups.sum(_where(mask, x - groups.spread(anchor), 0))
+    k = anchor + sum_d / jnp.maximum(n, 1).astype(x.dtype)
 
     def one_for_all_shards(part: Array) -> Array:
         chosen = shards.max(jnp.where(n == 0, -jnp.inf, part))
         return jnp.where(chosen == -jnp.inf, 0, chosen)
 
     return k if shards.axis_name is None else _by_parts(one_for_all_shards, k)
+
+
+def _kept(per_group: Array) -> Array:
+    # By parts, as jax.checkpoint fails on complex values that it is to keep.
+    return _by_parts(lambda part: checkpoint_name(part, RESIDUAL), per_group)
 
 
 def _where(mask: Array | None, values: Array, otherwise: float) -> Array:

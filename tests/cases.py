@@ -1,0 +1,49 @@
+"""The shapes, groups, axes and numbers with which values and derivatives are compared."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+# Rank 1 has no batch axis; an axis in the middle of reduction_axes is one of the batch.
+CASES = [
+    ((12,), 3, {"channel_axis": 0}),
+    ((4, 12), 3, {}),
+    ((3, 7, 12), 4, {}),
+    *(((3, 5, 4, 12), num_groups, {}) for num_groups in (1, 2, 3, 4, 6, 12)),
+    ((2, 3, 2, 5, 12), 2, {}),
+    ((2, 3, 2, 2, 3, 12), 2, {}),
+    ((3, 12), 12, {}),
+    ((2, 12, 5, 3), 4, {"channel_axis": 1}),
+    ((2, 5, 12, 3), 12, {"channel_axis": -2}),
+    ((12, 5, 4, 3), 6, {"channel_axis": 0}),
+    ((2, 3, 5, 12), 3, {"reduction_axes": (2, 3)}),
+    ((2, 3, 5, 12), 3, {"reduction_axes": (-1, 1)}),
+    ((3, 5, 4, 12), 2, {"reduction_axes": (0, 1, 2, 3)}),
+    ((3, 5, 12), 2, {"reduction_axes": -1}),
+    ((5, 12, 3, 4), 6, {"channel_axis": -3, "reduction_axes": [0, 1]}),
+    ((12, 3, 5), 3, {"channel_axis": 0, "reduction_axes": (0, 2)}),
+]
+
+EVERY_CASE = pytest.mark.parametrize(
+    ("shape", "num_groups", "options"),
+    [
+        pytest.param(*case, id="-".join(str(part) for part in case).replace(" ", ""))
+        for case in CASES
+    ],
+)
+
+
+def batch_shape(shape, channel_axis=-1, reduction_axes=None):
+    """The sizes of the batch axes, in x's order."""
+    if reduction_axes is None:
+        return () if channel_axis % len(shape) == 0 else shape[:1]
+    reduced = [reduction_axes] if isinstance(reduction_axes, int) else reduction_axes
+    kept = set(range(len(shape))) - {axis % len(shape) for axis in reduced}
+    return tuple(shape[axis] for axis in sorted(kept))
+
+
+def random(shape, seed=0, mean=1.0, deviation=2.0, dtype="float32"):
+    values = np.random.default_rng(seed).normal(mean, deviation, shape)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        values = values + 1j * np.random.default_rng(seed + 100).normal(5, deviation / 4, shape)
+    return values.astype(jnp.dtype(dtype))

@@ -1,0 +1,95 @@
+"""Sums over groups, their way back to the channels, and the sample, each compiled alone."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+from cases import EVERY_CASE, random
+from oracle import tolerance
+
+from jgn._axes import resolve_axes
+from jgn._groups import Groups
+
+
+def groups_of(x, num_groups, channel_axis=-1, reduction_axes=None):
+    return Groups(x, resolve_axes(x.ndim, channel_axis, reduction_axes), num_groups)
+
+
+def members(shape, num_groups, channel_axis=-1, reduction_axes=None):
+    """The number of its own group for every element of x."""
+    axes = resolve_axes(len(shape), channel_axis, reduction_axes)
+    size = shape[axes.channel] // num_groups
+    coordinates = np.indices(shape)
+    coordinates[axes.channel] //= size
+    kept = [*axes.batch, axes.channel]
+    return np.ravel_multi_index([coordinates[axis] for axis in kept], [shape[a] for a in kept])
+
+
+@EVERY_CASE
+def test_sums_come_back_to_every_channel_of_their_group(shape, num_groups, options):
+    x = random(shape)
+    of_group = members(shape, num_groups, **options)
+    wanted = np.bincount(of_group.ravel(), x.ravel().astype(np.float64))[of_group]
+
+    @jax.jit
+    def sums(x):
+        groups = groups_of(x, num_groups, **options)
+        return groups.spread(groups.sum(x))
+
+    actual = np.broadcast_to(sums(x), shape)
+    atol = tolerance("float32", x.size) * np.abs(wanted).max()
+    np.testing.assert_allclose(actual, wanted, rtol=0, atol=atol)
+
+
+def test_a_sum_is_right_where_xla_gets_a_product_with_a_made_matrix_wrong():
+    """In jaxlib 0.10 to 0.12, on a CPU, with x.sum(...) @ jnp.ones(...) in one program."""
+    x = random((2, 64, 3, 16))
+    actual = jax.jit(lambda x: groups_of(x, 4).sum(x))(x)
+    wanted = x.astype(np.float64).reshape(2, 192, 4, 4).sum((1, 3))
+    atol = tolerance("float32", 768) * np.abs(wanted).max()
+    np.testing.assert_allclose(actual[:, 0, 0, :, 0], wanted, rtol=0, atol=atol)
+
+
+@EVERY_CASE
+def test_the_largest_of_a_group_comes_back_to_its_channels(shape, num_groups, options):
+    x = random(shape)
+    of_group = members(shape, num_groups, **options)
+    largest = np.full(of_group.max() + 1, -np.inf, np.float32)
+    np.maximum.at(largest, of_group.ravel(), x.ravel())
+
+    @jax.jit
+    def maxima(x):
+        groups = groups_of(x, num_groups, **options)
+        return groups.spread(groups.max(x))
+
+    np.testing.assert_array_equal(np.broadcast_to(maxima(x), shape), largest[of_group])
+
+
+@EVERY_CASE
+def test_the_count_is_that_of_the_mask(shape, num_groups, options):
+    x, mask = random(shape), np.random.default_rng(0).random(shape) < 0.5
+    of_group = members(shape, num_groups, **options)
+    wanted = np.bincount(of_group.ravel(), mask.ravel())[of_group]
+    groups = groups_of(jax.numpy.asarray(x), num_groups, **options)
+    counted = groups.spread(groups.count(jax.numpy.asarray(x), jax.numpy.asarray(mask)))
+    np.testing.assert_array_equal(np.broadcast_to(counted, shape), wanted)
+    assert int(groups.count(jax.numpy.asarray(x), None)) == np.bincount(of_group.ravel())[0]
+
+
+@pytest.mark.parametrize("one_in", [1, 2, 64, 2**30])
+@pytest.mark.parametrize(
+    ("shape", "channel_axis"),
+    [((2, 56, 56, 8), -1), ((2, 8, 7, 300), 1), ((2, 100, 8), -1), ((2, 3, 5, 65, 8), -1)],
+)
+def test_the_sample_has_one_in_so_many_positions_of_every_channel(shape, channel_axis, one_in):
+    x = jax.numpy.asarray(random(shape))
+    sample = groups_of(x, 4, channel_axis).sample(x, one_in)
+    positions, sampled = (math.prod(s) // (2 * 8) for s in (shape, sample.shape))
+    assert sample.shape[0] == 2
+    assert sample.shape[channel_axis] == 8
+    assert positions / one_in <= sampled
+    if one_in > positions:
+        assert sampled == 1
+    # A stride can be cut short by the size of its axis, by less than half each.
+    assert sampled <= max(1, 4 * positions / one_in)

@@ -1,0 +1,155 @@
+"""How it is computed: x stays where it is, an eager call is one dispatch, and bits repeat."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import random
+from jax.extend import core
+
+import jgn
+
+SHAPE = {"channels last": (4, 14, 15, 24), "channels first": (4, 24, 14, 15)}
+CHANNEL_AXIS = {"channels last": -1, "channels first": 1}
+LAYOUT = pytest.mark.parametrize("layout", SHAPE)
+GROUPS = pytest.mark.parametrize("num_groups", [1, 6, 24])
+
+
+def equations(jaxpr):
+    """Every equation, those of inner jaxprs included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(
+            equation.params, is_leaf=lambda v: isinstance(v, core.Jaxpr | core.ClosedJaxpr)
+        ):
+            if isinstance(value, core.ClosedJaxpr):
+                yield from equations(value.jaxpr)
+            elif isinstance(value, core.Jaxpr):
+                yield from equations(value)
+
+
+def moves_of(jaxpr, size):
+    """The primitives that rearrange an array of at least this size."""
+    return [
+        equation.primitive.name
+        for equation in equations(jaxpr)
+        if equation.primitive.name
+        in ("reshape", "transpose", "copy", "rev", "gather", "concatenate", "squeeze", "sort")
+        and max(v.aval.size for v in (*equation.invars, *equation.outvars)) >= size
+    ]
+
+
+@LAYOUT
+@GROUPS
+@pytest.mark.parametrize("masked", [False, True])
+def test_x_is_never_reshaped(layout, num_groups, masked):
+    x = random(SHAPE[layout])
+    mask = np.ones((4, 1, 1, 1), bool) if masked else None
+    options = {"channel_axis": CHANNEL_AXIS[layout], "mask": mask, "activation": jax.nn.silu}
+
+    def normalized(x):
+        return jgn.group_norm(x, num_groups, **options)
+
+    def value_and_gradient(x):
+        y, vjp = jax.vjp(normalized, x)
+        return y, vjp(y)
+
+    forward, both = jax.make_jaxpr(normalized)(x), jax.make_jaxpr(value_and_gradient)(x)
+    assert sum(1 for _ in equations(both.jaxpr)) > sum(1 for _ in equations(forward.jaxpr)) > 10
+    assert moves_of(both.jaxpr, x.size) == []
+
+
+def test_the_walk_over_equations_finds_a_reshape_inside():
+    inner = jax.jit(jax.checkpoint(lambda x: jnp.sin(x.reshape(-1)).reshape(x.shape)))
+    jaxpr = jax.make_jaxpr(lambda x: jax.vjp(inner, x)[1](x))(np.ones((3, 4), np.float32))
+    assert "reshape" in moves_of(jaxpr.jaxpr, 12)
+
+
+def large_moves(hlo, size):
+    """The transposes and copies of compiled HLO whose result has at least so many elements."""
+    found = re.findall(r"= \w+\[([\d,]+)\]\S* (transpose|copy)\(", hlo)
+    return [
+        (kind, dimensions)
+        for dimensions, kind in found
+        if np.prod([int(d) for d in dimensions.split(",")]) >= size
+    ]
+
+
+@LAYOUT
+@GROUPS
+def test_compiled_it_neither_transposes_nor_copies_x(layout, num_groups):
+    x = random(SHAPE[layout])
+    scale = random((24,), 1)
+
+    def normalized(x, scale):
+        return jgn.group_norm(x, num_groups, scale, channel_axis=CHANNEL_AXIS[layout])
+
+    hlo = jax.jit(normalized).lower(x, scale).compile().as_text()
+    assert large_moves(hlo, x.size) == []
+
+
+def test_the_search_through_hlo_finds_a_transpose():
+    x = np.ones((64, 32), np.float32)
+    hlo = jax.jit(lambda x: x.T).lower(x).compile().as_text()
+    assert large_moves(hlo, x.size)
+
+
+def compilations(function):
+    """How many programs JAX compiles while it runs: one for each primitive dispatched alone."""
+    names = []
+
+    def listen(name, _, **__):
+        if name == "/jax/core/compile/backend_compile_duration":
+            names.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.block_until_ready(function())
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    return len(names)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_eager_call_is_one_dispatch(dtype, masked):
+    # Sizes that no other test has, so that whatever runs is compiled here.
+    shape = (3, 17, 19, 26 if masked else 22)
+    x, mask = jnp.asarray(random(shape, dtype=dtype)), jnp.ones((3, 17, 1, 1), bool)
+    scale, bias = jnp.asarray(random(shape[-1:])), jnp.asarray(random(shape[-1:], 1))
+
+    def call():
+        mask_or_none = mask if masked else None
+        return jgn.group_norm(x, 2, scale, bias, mask=mask_or_none, activation=jax.nn.silu)
+
+    assert compilations(call) == 1
+    assert compilations(call) == 0
+
+
+def test_the_count_of_compilations_sees_separate_operations():
+    x = jnp.asarray(random((3, 23, 29)))
+    assert compilations(lambda: (x - x.mean()) * x) >= 3
+
+
+@LAYOUT
+def test_the_same_call_gives_the_same_bits(layout):
+    x = random(SHAPE[layout])
+
+    @jax.jit
+    def value_and_gradient(x):
+        y, vjp = jax.vjp(lambda x: jgn.group_norm(x, 6, channel_axis=CHANNEL_AXIS[layout]), x)
+        return y, vjp(y)[0]
+
+    first = jax.device_get(value_and_gradient(x))
+    for _ in range(5):
+        for again, before in zip(jax.device_get(value_and_gradient(x)), first, strict=True):
+            np.testing.assert_array_equal(again, before)
+
+
+def test_a_sample_gives_the_same_values_whatever_shares_its_batch():
+    x = random((4, 14, 15, 24))
+    y = jgn.group_norm(x, 6)
+    others = np.concatenate([x[:1], random((3, 14, 15, 24), 1)])
+    np.testing.assert_array_equal(y[0], jgn.group_norm(others, 6)[0])

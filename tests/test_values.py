@@ -1,0 +1,262 @@
+"""Values equal the oracle's: every shape, axis, dtype and magnitude."""
+
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import EVERY_CASE, batch_shape, random
+from oracle import Oracle, moment_roundoff, tolerance, unit_roundoff, wide
+
+import jgn
+
+FLOATING = ("float16", "bfloat16", "float32", "float64")
+EVERY_DTYPE = pytest.mark.parametrize("dtype", FLOATING)
+
+
+def with_x64(dtype):
+    return jax.enable_x64(dtype in ("float64", "complex128"))
+
+
+def assert_values(y, oracle, dtype, elements):
+    """The moments' rounding, relative to the largest output, and one to the output's dtype."""
+    np.testing.assert_allclose(
+        wide(y),
+        oracle.y,
+        rtol=unit_roundoff(dtype),
+        atol=tolerance(dtype, elements) * np.abs(oracle.y).max(),
+    )
+
+
+@EVERY_CASE
+def test_every_shape_and_axis(shape, num_groups, options):
+    x = random(shape)
+    channels = shape[options.get("channel_axis", -1)]
+    scale, bias = random((channels,), 1), random((channels,), 2)
+    y = jgn.group_norm(x, num_groups, scale, bias, **options)
+    chex.assert_shape(y, shape)
+    assert_values(y, Oracle(x, num_groups, scale, bias, **options), "float32", x.size // num_groups)
+
+
+@EVERY_CASE
+def test_a_scale_and_a_bias_for_each_sample(shape, num_groups, options):
+    x = random(shape)
+    rows = (*batch_shape(shape, **options), shape[options.get("channel_axis", -1)])
+    scale, bias = random(rows, 1), random(rows, 2)
+    y = jgn.group_norm(x, num_groups, scale, bias, **options)
+    assert_values(y, Oracle(x, num_groups, scale, bias, **options), "float32", x.size // num_groups)
+
+
+@pytest.mark.parametrize("epsilon", [0, 1e-6, 1e-3, 10])
+@pytest.mark.parametrize("names", [(), ("scale",), ("bias",)])
+def test_every_epsilon_with_scale_or_bias_or_neither(epsilon, names):
+    x = random((3, 6, 5, 8))
+    options = {name: random((8,), 1) for name in names}
+    y = jgn.group_norm(x, 4, epsilon=epsilon, **options)
+    assert_values(y, Oracle(x, 4, epsilon=epsilon, **options), "float32", 60)
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("num_groups", [1, 4, 8])
+def test_every_floating_dtype(dtype, num_groups):
+    x = random((3, 6, 5, 8), dtype=dtype)
+    scale, bias = random((8,), 1, dtype=dtype), random((8,), 2, dtype=dtype)
+    with with_x64(dtype):
+        y = jgn.group_norm(x, num_groups, scale, bias)
+    assert y.dtype == dtype
+    assert_values(y, Oracle(x, num_groups, scale, bias), dtype, x.size // num_groups)
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "complex128"])
+@pytest.mark.parametrize("num_groups", [1, 4, 8])
+def test_every_complex_dtype(dtype, num_groups):
+    x = random((3, 6, 5, 8), dtype=dtype)
+    scale, bias = x[0, 0, 0], random((8,), 2)
+    with with_x64(dtype):
+        y = jgn.group_norm(x, num_groups, scale, bias)
+    assert y.dtype == dtype
+    assert_values(y, Oracle(x, num_groups, scale, bias), dtype, x.size // num_groups)
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("dtype", ["bool", "int8", "uint8", "int32", "uint32"])
+def test_integers_and_booleans_become_what_a_mean_makes_of_them(dtype, x64):
+    x = np.random.default_rng(0).integers(0, 2 if dtype == "bool" else 120, (3, 6, 5, 8))
+    x = x.astype(dtype)
+    with jax.enable_x64(x64):
+        y = jgn.group_norm(x, 4)
+        assert y.dtype == jnp.mean(x).dtype
+        assert_values(y, Oracle(x, 4), y.dtype, 60)
+
+
+@pytest.mark.parametrize(
+    ("x_dtype", "scale_dtype", "dtype", "expected"),
+    [
+        ("float32", "float32", None, "float32"),
+        ("bfloat16", "float32", None, "bfloat16"),
+        ("float16", "float32", None, "float16"),
+        ("float32", "bfloat16", None, "float32"),
+        ("int32", "bfloat16", None, "float32"),
+        ("complex64", "float32", None, "complex64"),
+        ("bfloat16", "float32", "float32", "float32"),
+        ("float32", "float32", "bfloat16", "bfloat16"),
+        ("float32", "float32", jnp.float16, "float16"),
+        ("int32", "float32", "bfloat16", "bfloat16"),
+        ("float32", "float32", np.dtype("complex64"), "complex64"),
+    ],
+)
+def test_the_output_has_the_dtype_of_x_unless_told(x_dtype, scale_dtype, dtype, expected):
+    x, scale = random((3, 6, 5, 8), dtype=x_dtype), random((8,), 1, dtype=scale_dtype)
+    y = jgn.group_norm(x, 4, scale, dtype=dtype)
+    assert y.dtype == expected
+    assert_values(y, Oracle(x, 4, scale), expected, 60)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_rounded_once_at_the_end(dtype):
+    x, scale = random((3, 6, 5, 8), dtype=dtype), random((8,), 1)
+    for activation in (None, jax.nn.silu):
+        y = jgn.group_norm(x, 4, scale, activation=activation)
+        wide = jgn.group_norm(x, 4, scale, activation=activation, dtype="float32")
+        chex.assert_trees_all_equal(y, wide.astype(dtype))
+
+
+class Variants(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True, with_device=True, without_device=True)
+    def test_jit_and_device_placement_change_nothing(self):
+        x, scale, bias = random((3, 6, 5, 8)), random((8,), 1), random((8,), 2)
+        y = self.variant(lambda x: jgn.group_norm(x, 4, scale, bias))(x)
+        assert_values(y, Oracle(x, 4, scale, bias), "float32", 60)
+
+
+def test_the_activation_is_applied_to_y():
+    x, scale, bias = random((3, 6, 5, 8)), random((8,), 1), random((8,), 2)
+    y = jgn.group_norm(x, 4, scale, bias, activation=jax.nn.silu)
+    wanted = Oracle(x, 4, scale, bias).y
+    wanted = wanted / (1 + np.exp(-wanted))
+    np.testing.assert_allclose(y, wanted, rtol=0, atol=tolerance("float32", 60) * wanted.max())
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_group_of_equal_elements_gives_exactly_its_bias(dtype, masked):
+    largest = float(jnp.finfo(dtype).max)
+    constants = [0.0, 1 / 3, -0.1, 1000.1, 65504.0, -1e-7, 3e-5, largest**0.49, -(largest**0.49)]
+    x = np.broadcast_to(np.reshape(constants, (-1, 1, 1, 1)), (len(constants), 7, 11, 12))
+    x = x.astype(jnp.dtype(dtype)) * np.repeat([1, 0.5, -0.25], 4).astype(jnp.dtype(dtype))
+    scale, bias = random((12,), 1, dtype=dtype), random((12,), 2, dtype=dtype)
+    mask = np.arange(7).reshape(1, 7, 1, 1) < 5 if masked else None
+    with with_x64(dtype):
+        y = jgn.group_norm(x, 3, scale, bias, mask=mask)
+    np.testing.assert_array_equal(y, np.broadcast_to(bias, x.shape))
+
+
+@EVERY_DTYPE
+def test_one_element_a_group_gives_exactly_its_bias(dtype):
+    x, bias = random((5, 12), dtype=dtype), random((12,), 1, dtype=dtype)
+    with with_x64(dtype):
+        y = jgn.group_norm(x, 12, bias=bias)
+        y_without_epsilon = jgn.group_norm(x, 12, bias=bias, epsilon=0)
+    np.testing.assert_array_equal(y, np.broadcast_to(bias, x.shape))
+    np.testing.assert_array_equal(y_without_epsilon, np.broadcast_to(bias, x.shape))
+
+
+@pytest.mark.parametrize("shape", [(0, 12), (0, 4, 5, 12), (2, 0, 12)])
+def test_an_empty_x_gives_an_empty_result_and_no_gradient(shape):
+    x, scale, bias = np.zeros(shape, "float16"), np.ones(12, "float32"), np.ones(12, "float32")
+
+    def total(x, scale, bias):
+        return jgn.group_norm(x, 4, scale, bias).sum()
+
+    y = jgn.group_norm(x, 4, scale, bias)
+    assert (y.shape, y.dtype) == (shape, np.float16)
+    gradients = jax.grad(total, (0, 1, 2))(x, scale, bias)
+    chex.assert_trees_all_equal(gradients, (jnp.zeros_like(x), np.zeros(12), np.zeros(12)))
+
+
+@pytest.mark.parametrize("num_groups", [1, 8, 32])
+def test_a_mean_of_a_million_deviations_costs_no_digits(num_groups):
+    ratios = np.array([0, 1, 1e2, 1e4, 1e5, 1e6, -1e6])
+    deviations = np.array([1, 1, 0.1, 3, 1, 1, 1])
+    x = random((7, 16, 16, 32)) - 1
+    x = x * deviations.reshape(-1, 1, 1, 1) + (ratios * deviations).reshape(-1, 1, 1, 1)
+    x = x.astype(np.float32)
+    cotangent = random(x.shape, 1, 0, 1)
+    scale, bias = random((32,), 2), random((32,), 3)
+
+    def error(actual, wanted):
+        worst = np.abs(np.asarray(actual, np.float64) - wanted).max((1, 2, 3))
+        return worst / np.abs(wanted).max((1, 2, 3))
+
+    y, vjp = jax.vjp(lambda x: jgn.group_norm(x, num_groups, scale, bias), x)
+    oracle = Oracle(x, num_groups, scale, bias)
+    assert error(y, oracle.y).max() <= 1e-6
+    assert error(vjp(cotangent)[0], oracle.gradients(cotangent).x).max() <= 1e-6
+
+    groups = x.reshape(7, 256, num_groups, -1)
+    mean, square = (p.mean((1, 3), keepdims=True) for p in (groups, groups * groups))
+    textbook = (groups - mean) / np.sqrt(np.maximum(square - mean * mean, 0) + np.float32(1e-5))
+    textbook = textbook.reshape(x.shape) * scale + bias
+    assert error(textbook, oracle.y)[-1] > 1e-2, "E[x²] − E[x]² is no match"
+
+
+def adversaries():
+    """Outliers where a sample of the group's elements might be taken, in samples of their own."""
+    height, width, channels = 64, 128, 4
+    noise = random((height, width, channels), 0, 0, 1)
+    row, column, channel = np.indices(noise.shape)
+    first = {
+        "first element": (row == 0) & (column == 0) & (channel == 0),
+        "first position": (row == 0) & (column == 0),
+        "first row": row == 0,
+        "first column": column == 0,
+        "first channel": channel == 0,
+        "one position in 64": (row * width + column) % 64 == 0,
+        "one position in 64 by rows": (column * height + row) % 64 == 0,
+        "one in 8 by 8": (row % 8 == 0) & (column % 8 == 0),
+        "last row": row == height - 1,
+    }
+    outliers = [
+        np.where(where, size, noise) for where in first.values() for size in (1e2, 1e4, -1e7)
+    ]
+    return np.stack(outliers).astype(np.float32), [name for name in first for _ in range(3)]
+
+
+@pytest.mark.parametrize("channel_axis", [-1, 1])
+def test_no_placement_of_outliers_breaks_the_bound_on_the_variance(channel_axis):
+    x, names = adversaries()
+    wanted = Oracle(x, 1).y
+    scale = np.abs(wanted).max((1, 2, 3))
+    # E[d²] is at most 1 + 64 times the variance, sums by halves lose log₂ n roundings of it, and
+    # the root halves that.
+    bound = 65 * math.log2(x[0].size) / 2 * moment_roundoff("float32")
+    y = np.moveaxis(
+        jgn.group_norm(np.moveaxis(x, -1, channel_axis), 1, channel_axis=channel_axis),
+        channel_axis,
+        -1,
+    )
+    errors = np.abs(y - wanted).max((1, 2, 3)) / scale
+    assert errors.max() <= bound, dict(zip(names, errors, strict=True))
+
+    pivot = x[:, :1, :1, :1]
+    mean = (x - pivot).mean((1, 2, 3), keepdims=True)
+    variance = np.square(x - pivot).mean((1, 2, 3), keepdims=True) - mean * mean
+    naive = (x - pivot - mean) / np.sqrt(variance + np.float32(1e-5))
+    assert (np.abs(naive - wanted).max((1, 2, 3)) / scale).max() > bound, "one element is no pivot"
+
+
+def test_float16_up_to_its_largest():
+    x = np.random.default_rng(0).uniform(-65504, 65504, (3, 16, 16, 8)).astype(np.float16)
+    x[0, 0, 0] = 65504
+    assert_values(jgn.group_norm(x, 2), Oracle(x, 2), "float16", 1024)
+    x = (65504 - np.abs(random(x.shape, deviation=100))).astype(np.float16)
+    assert_values(jgn.group_norm(x, 2), Oracle(x, 2), "float16", 1024)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("magnitude", [1e15, 1e-5, 1e-20])
+def test_large_and_small_magnitudes(magnitude, dtype):
+    x = (random((3, 16, 16, 8)) * magnitude).astype(jnp.dtype(dtype))
+    assert_values(jgn.group_norm(x, 2), Oracle(x, 2), dtype, 1024)
