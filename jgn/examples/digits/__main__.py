@@ -1,0 +1,210 @@
+"""Trains the network: python -m jgn.examples.digits --help."""
+
+import argparse
+import io
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from jgn.examples.digits.checkpoints import Finished, Run, RunError
+from jgn.examples.digits.data import TEST_SIZE, Digits, load
+from jgn.examples.digits.model import NORMS, Network
+from jgn.examples.digits.training import (
+    State,
+    correct_predictions,
+    create_state,
+    shuffled_batches,
+    steps_per_epoch,
+    train_step,
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Trains, or goes on training, and returns the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return _train(options, parser)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(
+            f"stopped; the finished epochs are kept in {options.out}, "
+            "and the same command goes on from there.",
+            file=sys.stderr,
+        )
+        return 130
+
+
+def _train(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    train, test = load()
+    if options.batch_size > len(train.labels):
+        parser.error(
+            f"--batch-size must be at most the {len(train.labels)} training images: "
+            f"got {options.batch_size}."
+        )
+    if options.batch_size % options.devices:
+        parser.error(
+            f"--devices must divide --batch-size: got {options.devices} for {options.batch_size}."
+        )
+    replicated, split = _shardings(options.devices, parser)
+    network = Network(options.norm, options.groups)
+    steps = steps_per_epoch(len(train.labels), options.batch_size)
+    key = jax.random.key(options.seed)
+    try:
+        state = create_state(network, key, options.learning_rate, steps * options.epochs)
+    except ValueError as error:
+        parser.error(f"--groups {options.groups}: {error}")
+
+    settings = {name: value for name, value in vars(options).items() if name in SETTINGS}
+    with Run(options.out, settings) as run:
+        finished = run.restore(state)
+        state, history = jax.device_put(finished.state, replicated), finished.history
+        if history:
+            print(f"going on after epoch {len(history)} of {options.epochs} in {options.out}")
+        for epoch in range(len(history), options.epochs):
+            epoch_key = jax.random.fold_in(key, epoch)
+            state, line = _epoch(state, epoch_key, train, options, split, epoch + 1)
+            line["test_accuracy"] = int(correct_predictions(state, *test)) / TEST_SIZE
+            history = [*history, line]
+            run.save(Finished(state, history))
+            print(
+                f"epoch {epoch + 1:{len(str(options.epochs))}} of {options.epochs}: "
+                f"loss {line['loss']:.4f}, training accuracy {line['accuracy']:.2%}, "
+                f"test accuracy {line['test_accuracy']:.2%}",
+                flush=True,
+            )
+        run.write("metrics.json", json.dumps({**settings, "history": history}, indent=2).encode())
+        run.write("curves.png", _curves(history))
+    print(f"test accuracy {history[-1]['test_accuracy']:.2%}")
+    print(f"metrics.json, curves.png and the checkpoints are in {options.out}")
+    return 0
+
+
+def _epoch(
+    state: State,
+    key: jax.Array,
+    train: Digits,
+    options: argparse.Namespace,
+    split: NamedSharding,
+    number: int,
+) -> tuple[State, dict[str, float]]:
+    order_key, step_key = jax.random.split(key)
+    batches = np.asarray(shuffled_batches(order_key, len(train.labels), options.batch_size))
+    losses, correct = [], []
+    progress = tqdm(batches, f"epoch {number}", leave=False, disable=not sys.stderr.isatty())
+    for indices in progress:
+        batch = jax.device_put((train.images[indices], train.labels[indices]), split)
+        state, loss, right = train_step(state, step_key, *batch)
+        losses.append(loss)
+        correct.append(right)
+        if not progress.disable and len(losses) % 10 == 0:
+            accuracy = int(right) / options.batch_size
+            progress.set_postfix(loss=f"{float(loss):.3f}", accuracy=f"{accuracy:.0%}")
+    losses, correct = jax.device_get((losses, correct))
+    accuracy = float(np.sum(correct)) / batches.size
+    return state, {"loss": float(np.mean(losses, dtype=np.float64)), "accuracy": accuracy}
+
+
+def _shardings(
+    devices: int, parser: argparse.ArgumentParser
+) -> tuple[NamedSharding, NamedSharding]:
+    """For what every device has in full, and for what is split along its first axis."""
+    if devices > 1:
+        # Where there is only a CPU, it stands for several devices; elsewhere this does nothing.
+        jax.config.update("jax_num_cpu_devices", devices)
+    present = jax.local_device_count()
+    if devices > present:
+        parser.error(f"--devices must be at most the {present} present: got {devices}.")
+    mesh = jax.make_mesh(
+        (devices,), ("batch",), (AxisType.Auto,), devices=jax.local_devices()[:devices]
+    )
+    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("batch"))
+
+
+def _curves(history: list[dict[str, float]]) -> bytes:
+    """A picture, as PNG, of the loss and of the errors after each epoch."""
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    loss_axes, error_axes = figure.subplots(1, 2)
+    epochs = range(1, len(history) + 1)
+    loss_axes.plot(epochs, [line["loss"] for line in history], "k-", marker=".")
+    loss_axes.set(xlabel="epoch", ylabel="training loss (nats)", yscale="log")
+    for name, label, style in (
+        ("accuracy", "training", "k--"),
+        ("test_accuracy", "test", "k-"),
+    ):
+        errors = [100 * (1 - line[name]) for line in history]
+        error_axes.plot(epochs, errors, style, marker=".", label=label)
+    error_axes.set(xlabel="epoch", ylabel="error (%)", ylim=(0, None))
+    error_axes.legend()
+    for axes in (loss_axes, error_axes):
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120)
+    return picture.getvalue()
+
+
+# The options that decide the result; a directory holds one run, with one value of each.
+SETTINGS = ("norm", "groups", "batch_size", "epochs", "learning_rate", "seed")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jgn.examples.digits",
+        description="Trains a small residual network on 8×8 images of handwritten digits. "
+        "Checkpoints every epoch; the same command goes on where an earlier one stopped.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--norm", choices=NORMS, default="group", help="the normalization before each SiLU")
+    add("--groups", type=_positive, default=8, help="groups of channels, for --norm group")
+    add("--batch-size", type=_positive, default=32, help="images a step")
+    add("--epochs", type=_positive, default=15, help="passes over the 1,437 training images")
+    add("--learning-rate", type=_rate, default=3e-3, help="AdamW's, at its highest")
+    add("--seed", type=_seed, default=0, help="decides parameters, order and augmentation")
+    add(
+        "--devices",
+        type=_positive,
+        default=1,
+        help="devices that share each batch; on a machine with only a CPU they are simulated",
+    )
+    add(
+        "--out",
+        type=pathlib.Path,
+        default=pathlib.Path("runs/digits"),
+        help="directory of this run's checkpoints, metrics and curves",
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more: got {number}")
+    return number
+
+
+def _seed(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"must lie in [0, 2**32): got {number}")
+    return number
+
+
+def _rate(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be positive and finite: got {number}")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())
