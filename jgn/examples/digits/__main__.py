@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import pathlib
+import signal
 import sys
 
 import jax
@@ -64,6 +65,7 @@ def _train(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error(f"--groups {options.groups}: {error}")
 
     settings = {name: value for name, value in vars(options).items() if name in SETTINGS}
+    interrupt = _Interrupt()
     with Run(options.out, settings) as run:
         finished = run.restore(state)
         state, history = jax.device_put(finished.state, replicated), finished.history
@@ -71,7 +73,7 @@ def _train(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             print(f"going on after epoch {len(history)} of {options.epochs} in {options.out}")
         for epoch in range(len(history), options.epochs):
             epoch_key = jax.random.fold_in(key, epoch)
-            state, line = _epoch(state, epoch_key, train, options, split, epoch + 1)
+            state, line = _epoch(state, epoch_key, train, options, split, epoch + 1, interrupt)
             line["test_accuracy"] = int(correct_predictions(state, *test)) / TEST_SIZE
             history = [*history, line]
             run.save(Finished(state, history))
@@ -88,6 +90,22 @@ def _train(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return 0
 
 
+class _Interrupt:
+    """Ctrl-C, answered between two steps: Python swallows what is raised inside a callback."""
+
+    def __init__(self):
+        self._asked = False
+        signal.signal(signal.SIGINT, self._ask)
+
+    def _ask(self, *_: object) -> None:
+        self._asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # The second one insists.
+
+    def raise_if_asked(self) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+
+
 def _epoch(
     state: State,
     key: jax.Array,
@@ -95,12 +113,14 @@ def _epoch(
     options: argparse.Namespace,
     split: NamedSharding,
     number: int,
+    interrupt: "_Interrupt",
 ) -> tuple[State, dict[str, float]]:
     order_key, step_key = jax.random.split(key)
     batches = np.asarray(shuffled_batches(order_key, len(train.labels), options.batch_size))
     losses, correct = [], []
     progress = tqdm(batches, f"epoch {number}", leave=False, disable=not sys.stderr.isatty())
     for indices in progress:
+        interrupt.raise_if_asked()
         batch = jax.device_put((train.images[indices], train.labels[indices]), split)
         state, loss, right = train_step(state, step_key, *batch)
         losses.append(loss)

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import logging
 import os
 import pathlib
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +36,7 @@ class Run:
         self.directory = directory.absolute()
         try:
             self._claim(settings)
+            logging.getLogger("absl").setLevel(logging.CRITICAL)  # It comes as exceptions, too.
             self._manager = ocp.CheckpointManager(
                 self.directory / "checkpoints",
                 options=ocp.CheckpointManagerOptions(
@@ -63,6 +66,7 @@ class Run:
         try:
             self._manager.save(epoch, args=items)
         except Exception as error:  # A full disk comes as any of several types.
+            _silence_what_still_runs()
             raise RunError(
                 f"cannot save epoch {epoch} in {self.directory}: {_first_line(error)}; "
                 "the epochs before it are kept, and the same command goes on from there."
@@ -81,10 +85,11 @@ class Run:
             arrays, progress = restored["state"], restored["progress"]
             if progress["digest"] != _digest(arrays):
                 raise ValueError("its digest is not that of its arrays")
-            state = serialization.from_state_dict(state, arrays)
+            restored_state: Any = serialization.from_state_dict(state, arrays)
+            return Finished(restored_state, progress["history"])
         except Exception as error:  # Whatever was damaged decides the type.
+            _silence_what_still_runs()
             raise RunError(self._damaged(epoch, _first_line(error))) from error
-        return Finished(state, progress["history"])
 
     def write(self, name: str, content: bytes) -> None:
         """Puts a file into the directory, whole or not at all."""
@@ -128,6 +133,7 @@ class Run:
         entries = (self.directory / "checkpoints").iterdir()
         present = {int(entry.name) for entry in entries if entry.name.isdecimal()}
         for epoch in sorted(present - set(self._manager.all_steps())):
+            self._manager.close()
             raise RunError(self._damaged(epoch, "its files are not a whole checkpoint"))
 
     def _damaged(self, epoch: int, reason: str) -> str:
@@ -147,6 +153,11 @@ def _digest(arrays: Any) -> str:
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
+
+
+def _silence_what_still_runs() -> None:
+    # tensorstore's other readers and writers find orbax's event loop closed, at great length.
+    sys.unraisablehook = lambda _: None
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,6 +1,6 @@
 """The 1,797 handwritten digits that scikit-learn ships, in two parts."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -18,9 +18,10 @@ class Digits(NamedTuple):
 
 def load() -> tuple[Digits, Digits]:
     """The digits to train with and, the same in every run, a fifth of each kind to test with."""
-    images, labels = load_digits(return_X_y=True)
-    images = images.reshape(-1, 8, 8, 1).astype(np.float32) / 16
-    train_images, test_images, train_labels, test_labels = train_test_split(
-        images, labels.astype(np.int32), test_size=TEST_SIZE, stratify=labels, random_state=0
+    bunch: Any = load_digits()
+    images = np.asarray(bunch.images, np.float32)[..., np.newaxis] / 16
+    labels = np.asarray(bunch.target, np.int32)
+    train, test = train_test_split(
+        np.arange(len(labels)), test_size=TEST_SIZE, stratify=labels, random_state=0
     )
-    return Digits(train_images, train_labels), Digits(test_images, test_labels)
+    return Digits(images[train], labels[train]), Digits(images[test], labels[test])

@@ -31,12 +31,13 @@ def create_state(
     schedule = optax.warmup_cosine_decay_schedule(
         0, learning_rate, warmup_steps=max(1, total_steps // 10), decay_steps=max(2, total_steps)
     )
-    return State.create(
+    state = State.create(
         apply_fn=network.apply,
         params=variables["params"],
         batch_stats=variables.get("batch_stats", {}),
         tx=optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01)),
     )
+    return state.replace(step=jnp.zeros((), jnp.int32))  # As the steps leave it.
 
 
 def shuffled_batches(

@@ -1,0 +1,1 @@
+"""Compares jgn with other implementations on this machine: python -m jgn.bench --help."""

@@ -1,0 +1,335 @@
+"""The implementations that are compared, each behind the same few methods."""
+
+import contextlib
+import importlib
+import importlib.util
+import platform
+import time
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any, Protocol
+
+import ml_dtypes  # noqa: F401  (NumPy knows bfloat16 by its name once this is imported.)
+import numpy as np
+
+from jgn.bench.workloads import Workload
+
+EPSILON = 1e-5
+FORWARD, BOTH = "forward", "forward and backward"
+FLOORS = ("copy", "sum", "sum of squares", "multiply-add")
+
+# The package that each contender needs.
+PACKAGES = {
+    "jgn": "jgn",
+    "flax": "flax",
+    "haiku": "haiku",
+    "equinox": "equinox",
+    "torch": "torch",
+    "torch-compiled": "torch",
+}
+PEERS = tuple(name for name in PACKAGES if name != "jgn")
+
+
+class Contender(Protocol):
+    """One implementation with one workload: what can be timed, and what else is known of it."""
+
+    calls: dict[str, Callable[[], Any]]
+
+    def output(self) -> np.ndarray: ...
+    def facts(self) -> dict[str, float]: ...
+
+
+def is_installed(name: str) -> bool:
+    """Whether the package of this contender can be imported."""
+    return importlib.util.find_spec(PACKAGES[name]) is not None
+
+
+def make(name: str, workload: Workload, dtype: str, seed: int) -> Contender:
+    """The contender of this name, its inputs on the device."""
+    if name == "floor":
+        return Floor(workload, dtype, seed)
+    if name.startswith("torch"):
+        return Torch(workload, dtype, seed, compiled=name == "torch-compiled")
+    return Jax(name, workload, dtype, seed)
+
+
+def reference(x: np.ndarray, scale: np.ndarray, bias: np.ndarray, workload: Workload) -> np.ndarray:
+    """y in float64, from the equation."""
+    first = np.moveaxis(x.astype(np.float64), workload.channel_axis, 1)
+    groups = first.reshape(len(first), workload.num_groups, -1)
+    mean, variance = groups.mean(-1, keepdims=True), groups.var(-1, keepdims=True)
+    y = ((groups - mean) / np.sqrt(variance + EPSILON)).reshape(first.shape)
+    per_channel = (-1, *(1,) * (first.ndim - 2))
+    y = y * scale.reshape(per_channel) + bias.reshape(per_channel)
+    return np.moveaxis(y, 1, workload.channel_axis)
+
+
+def _jgn(workload, activation=None):
+    import jgn
+
+    def normalized(x, scale, bias):
+        return jgn.group_norm(
+            x,
+            workload.num_groups,
+            scale,
+            bias,
+            channel_axis=workload.channel_axis,
+            epsilon=EPSILON,
+            activation=activation,
+        )
+
+    return normalized
+
+
+def _channels_last(workload, normalized_last):
+    """flax and haiku as their users call them where the channels are not last."""
+    import jax.numpy as jnp
+
+    def normalized(x, scale, bias):
+        y = normalized_last(jnp.moveaxis(x, workload.channel_axis, -1), scale, bias)
+        return jnp.moveaxis(y, -1, workload.channel_axis)
+
+    return normalized
+
+
+def _flax(workload):
+    import flax.linen as nn
+
+    layer = nn.GroupNorm(workload.num_groups, epsilon=EPSILON)
+
+    def normalized(x, scale, bias):
+        return layer.apply({"params": {"scale": scale, "bias": bias}}, x).astype(x.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+
+    return _channels_last(workload, normalized)
+
+
+def _haiku(workload):
+    hk = importlib.import_module("haiku")
+    function = hk.without_apply_rng(
+        hk.transform(lambda x: hk.GroupNorm(workload.num_groups, eps=EPSILON)(x))
+    )
+
+    def normalized(x, scale, bias):
+        return function.apply({"group_norm": {"scale": scale, "offset": bias}}, x).astype(x.dtype)
+
+    return _channels_last(workload, normalized)
+
+
+def _equinox(workload):
+    import jax
+    import jax.numpy as jnp
+
+    eqx = importlib.import_module("equinox")
+    empty = eqx.nn.GroupNorm(workload.num_groups, workload.channels, eps=EPSILON)
+
+    def normalized(x, scale, bias):
+        layer = eqx.tree_at(lambda layer: (layer.weight, layer.bias), empty, (scale, bias))
+        first = jnp.moveaxis(x, workload.channel_axis, 1)
+        return jnp.moveaxis(jax.vmap(layer)(first), 1, workload.channel_axis).astype(x.dtype)
+
+    return normalized
+
+
+_JAX = {"jgn": _jgn, "flax": _flax, "haiku": _haiku, "equinox": _equinox}
+
+
+class Jax:
+    """A function of x, scale and bias, compiled."""
+
+    def __init__(self, name: str, workload: Workload, dtype: str, seed: int):
+        import jax
+
+        normalized = _JAX[name](workload)
+
+        def silu_after(x, scale, bias):
+            return jax.nn.silu(normalized(x, scale, bias))
+
+        self._with_silu = _jgn(workload, jax.nn.silu) if name == "jgn" else silu_after
+        x, scale, bias, cotangent = workload.inputs(seed)
+        self._normalized = normalized
+        self._inputs = jax.device_put((x.astype(dtype), scale, bias))
+        self._cotangent = jax.device_put(cotangent.astype(dtype))
+
+        def both(x, scale, bias, cotangent):
+            y, vjp = jax.vjp(normalized, x, scale, bias)
+            return y, vjp(cotangent)
+
+        start = time.perf_counter()
+        self._both = jax.jit(both).lower(*self._inputs, self._cotangent).compile()
+        self._compile_seconds = time.perf_counter() - start
+        self._forward = jax.jit(normalized).lower(*self._inputs).compile()
+        self.calls = {
+            FORWARD: lambda: jax.block_until_ready(self._forward(*self._inputs)),
+            BOTH: lambda: jax.block_until_ready(self._both(*self._inputs, self._cotangent)),
+        }
+
+    def output(self) -> np.ndarray:
+        return np.asarray(self._forward(*self._inputs), np.float32)
+
+    def gradients(self) -> list[np.ndarray]:
+        """Those of x, scale and bias."""
+        _, gradients = self._both(*self._inputs, self._cotangent)
+        return [np.asarray(gradient, np.float32) for gradient in gradients]
+
+    def facts(self) -> dict[str, float]:
+        x = self._inputs[0]
+        memory: Any = self._both.memory_analysis()
+        return {
+            "compile_seconds": self._compile_seconds,
+            "temporary_bytes": memory.temp_size_in_bytes,
+            "kept": bytes_kept(self._normalized, *self._inputs) / x.nbytes,
+            "kept_with_silu": bytes_kept(self._with_silu, *self._inputs) / x.nbytes,
+        }
+
+
+def bytes_kept(function: Callable[..., Any], *arguments: Any) -> int:
+    """What the backward pass closes over: the arrays in the tree that `jax.vjp` returns."""
+    import jax
+
+    kept = jax.eval_shape(lambda *arguments: jax.vjp(function, *arguments)[1], *arguments)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+
+
+class Torch:
+    """torch.nn.functional.group_norm, in whichever of its memory layouts trains faster."""
+
+    def __init__(self, workload: Workload, dtype: str, seed: int, compiled: bool):
+        self._torch = torch = importlib.import_module("torch")
+        self._workload = workload
+        self._x: Any
+        self._cotangent: Any
+        x, scale, bias, cotangent = workload.inputs(seed)
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        kind = getattr(torch, dtype)
+        self._scale, self._bias = (
+            # Its CUDA kernels want parameters of x's dtype.
+            torch.tensor(
+                value,
+                dtype=kind if self._device == "cuda" else torch.float32,
+                device=self._device,
+                requires_grad=True,
+            )
+            for value in (scale, bias)
+        )
+        function = torch.compile(torch.nn.functional.group_norm) if compiled else None
+        self._group_norm = function or torch.nn.functional.group_norm
+        formats = [torch.contiguous_format]
+        if x.ndim in (4, 5):
+            formats.append(torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
+
+        def tensor(value, memory_format):
+            first = np.ascontiguousarray(np.moveaxis(value, workload.channel_axis, 1))
+            on_device = torch.from_numpy(first).to(self._device, kind)
+            return on_device.contiguous(memory_format=memory_format)
+
+        def take(memory_format):
+            self._x = tensor(x, memory_format).requires_grad_()
+            self._cotangent = tensor(cotangent, memory_format)
+
+        def best_of_five(memory_format):
+            take(memory_format)
+            self._both()
+            return min(_seconds(self._both) for _ in range(5))
+
+        take(min(formats, key=best_of_five))
+        self.calls = {FORWARD: self._forward_without_gradient, BOTH: self._both}
+
+    def _forward(self):
+        return self._group_norm(
+            self._x, self._workload.num_groups, self._scale, self._bias, EPSILON
+        )
+
+    def _forward_without_gradient(self):
+        with self._torch.no_grad():
+            y = self._forward()
+        self._synchronize()
+        return y
+
+    def _both(self):
+        self._x.grad = self._scale.grad = self._bias.grad = None
+        self._forward().backward(self._cotangent)
+        self._synchronize()
+
+    def _synchronize(self):
+        if self._device == "cuda":
+            self._torch.cuda.synchronize()
+
+    def output(self) -> np.ndarray:
+        y = self._forward_without_gradient().float().cpu().numpy()
+        return np.moveaxis(y, 1, self._workload.channel_axis)
+
+    def gradients(self) -> list[np.ndarray]:
+        """Those of x, scale and bias."""
+        self._both()
+        x, scale, bias = (p.grad.float().cpu().numpy() for p in (self._x, self._scale, self._bias))
+        return [np.moveaxis(x, 1, self._workload.channel_axis), scale, bias]
+
+    def facts(self) -> dict[str, float]:
+        return {}
+
+
+class Floor:
+    """What no implementation of separate passes over memory gets below: XLA's own passes over x."""
+
+    def __init__(self, workload: Workload, dtype: str, seed: int):
+        import jax
+        import jax.numpy as jnp
+
+        x, scale, bias, _ = workload.inputs(seed)
+        axes = tuple(axis for axis in range(1, x.ndim) if axis != workload.channel_axis % x.ndim)
+        lay_out = [1] * x.ndim
+        lay_out[workload.channel_axis] = -1
+        x = jax.device_put(x.astype(dtype))
+        a, b = (jax.device_put(value.reshape(lay_out)) for value in (scale, bias))
+
+        def wide(x):
+            return x.astype(jnp.float32)
+
+        functions = {
+            # Not the identity, which JAX would answer without a copy.
+            "copy": lambda x, a, b: -x,
+            "sum": lambda x, a, b: wide(x).sum(axes),
+            "sum of squares": lambda x, a, b: jnp.square(wide(x)).sum(axes),
+            "multiply-add": lambda x, a, b: (wide(x) * a + b).astype(x.dtype),
+        }
+        assert tuple(functions) == FLOORS
+        compiled = {
+            name: jax.jit(function).lower(x, a, b).compile() for name, function in functions.items()
+        }
+        self.calls = {
+            name: lambda call=call: jax.block_until_ready(call(x, a, b))
+            for name, call in compiled.items()
+        }
+        self._x = x
+
+    def output(self) -> np.ndarray:
+        return np.asarray(self._x, np.float32)
+
+    def facts(self) -> dict[str, float]:
+        return {}
+
+
+def times(call: Callable[[], Any], seconds: float) -> list[float]:
+    """How long each of the calls took that fit into so many seconds; three at least."""
+    measured = []
+    start = time.perf_counter()
+    while len(measured) < 3 or time.perf_counter() - start < seconds:
+        measured.append(_seconds(call))
+    return measured
+
+
+def versions() -> dict[str, str]:
+    """Of Python, and of every package here that is installed."""
+    found = {"python": platform.python_version()}
+    for package in ("jax", "jaxlib", "flax", "jgn", "dm-haiku", "equinox", "torch"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    result = call()
+    end = time.perf_counter()
+    del result
+    return end - start

@@ -1,0 +1,49 @@
+"""The process of one contender: a request a line on its input, an answer a line on its output."""
+
+import json
+import sys
+from typing import Any
+
+import numpy as np
+
+from jgn.bench import contenders
+from jgn.bench.workloads import Workload
+
+
+def answer(request: dict[str, Any], state: dict[str, Any]) -> Any:
+    """Prepares a workload, or times one of its calls; `state` holds what is prepared."""
+    match request:
+        case {"prepare": workload, "contender": name, "dtype": dtype, "seed": seed}:
+            state.clear()
+            workload = Workload(*workload)._replace(shape=tuple(workload[2]))
+            contender = state["contender"] = contenders.make(name, workload, dtype, seed)
+            for call in contender.calls.values():
+                contenders.times(call, 0)
+            if name == "floor":
+                return {}
+            x, scale, bias, _ = workload.inputs(seed)
+            wanted = contenders.reference(x.astype(dtype), scale, bias, workload)
+            error = np.abs(contender.output() - wanted).max() / np.abs(wanted).max()
+            return {**contender.facts(), "error": float(error)}
+        case {"time": call, "seconds": seconds}:
+            return contenders.times(state["contender"].calls[call], seconds)
+        case {"device": _}:
+            import jax
+
+            return jax.devices()[0].device_kind
+    raise ValueError(f"unknown request: {request}")
+
+
+def main() -> None:
+    state = {}
+    replies, sys.stdout = sys.stdout, sys.stderr  # Whatever else prints stays out of the answers.
+    for line in sys.stdin:
+        try:
+            reply = {"answer": answer(json.loads(line), state)}
+        except Exception as error:  # The benchmark goes on without this contender, and says so.
+            reply = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+        print(json.dumps(reply), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main()
