@@ -111,11 +111,14 @@ class GroupNorm(nn.Module):
         channels: int,
         given: ArrayLike | None,
     ) -> ArrayLike | None:
-        if not learned:
-            return given
-        if given is not None:
-            raise ValueError(
-                f"{name} must come from the layer or from the call, not both: got {name} in the "
-                f"call of a layer with use_{name}=True; write GroupNorm(..., use_{name}=False)."
-            )
-        return self.param(name, initializer, (channels,), self.param_dtype)
+        refuse_both(name, learned, given)
+        return self.param(name, initializer, (channels,), self.param_dtype) if learned else given
+
+
+def refuse_both(name: str, learned: bool, given: ArrayLike | None) -> None:
+    """Raises ValueError if a layer that learns its scale or bias is also given one."""
+    if learned and given is not None:
+        raise ValueError(
+            f"{name} must come from the layer or from the call, not both: got {name} in the call "
+            f"of a layer with use_{name}=True; write GroupNorm(..., use_{name}=False)."
+        )

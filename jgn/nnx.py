@@ -1,0 +1,144 @@
+"""The flax.nnx layer; `import jgn` alone does not import it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype, Initializer
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Num
+
+from jgn._axes import num_groups_from, resolve_axes
+from jgn._group_norm import as_numbers, group_norm
+from jgn._linen import refuse_both
+
+
+class GroupNorm(nnx.Module):
+    """Group normalization layer; see `jgn.group_norm` for the equation and for what x may be.
+
+    Its state is that of `flax.nnx.GroupNorm`: `scale` and `bias`, each an `nnx.Param` of shape
+    (num_features,) or None. Note that flax's epsilon is 1e-6 by default. flax's
+    `use_fast_variance` and `promote_dtype` are not needed: there is one variance, and `dtype`
+    alone decides the output's.
+
+    Args:
+        num_features: The channels.
+        num_groups: How many groups to form; give this or `group_size`, and None for the other.
+        group_size: How many channels each group has.
+        epsilon: Added to the variance.
+        dtype: The dtype of the output. None: that of x.
+        param_dtype: The dtype of the parameters.
+        use_bias: Whether the layer learns a bias.
+        use_scale: Whether the layer learns a scale.
+        bias_init: Initializer of the bias.
+        scale_init: Initializer of the scale.
+        reduction_axes: The axes to reduce, the channel axis among them. None: all but axis 0.
+        axis_name: Mapped axes over which the moments are shared.
+        axis_index_groups: Which indices along `axis_name` share moments.
+        channel_axis: The axis of the channels.
+        activation: An elementwise function applied to the result, such as `nnx.silu`.
+        rngs: Keys for the initializers.
+        bias_metadata: Metadata of the bias, such as its sharding.
+        scale_metadata: Metadata of the scale.
+
+    Raises:
+        ValueError: the groups are given by both count and size or by neither, or do not divide
+            the features.
+        TypeError: a count is not an integer.
+
+    Example:
+        >>> from flax import nnx
+        >>> import jax, jgn.nnx
+        >>> layer = jgn.nnx.GroupNorm(64, num_groups=8, activation=nnx.silu, rngs=nnx.Rngs(0))
+        >>> layer(jax.random.normal(jax.random.key(0), (2, 16, 16, 64))).shape
+        (2, 16, 16, 64)
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_groups: int | None = 32,
+        group_size: int | None = None,
+        *,
+        epsilon: float = 1e-5,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = nnx.initializers.zeros,
+        scale_init: Initializer = nnx.initializers.ones,
+        reduction_axes: int | Sequence[int] | None = None,
+        axis_name: str | Sequence[str] | None = None,
+        axis_index_groups: Sequence[Sequence[int]] | None = None,
+        channel_axis: int = -1,
+        activation: Callable[[Array], Array] | None = None,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        scale_metadata: Mapping[str, Any] = MappingProxyType({}),
+    ):
+        self.num_features = num_features
+        self.num_groups = num_groups_from(num_groups, group_size, num_features)
+        self.group_size = num_features // self.num_groups
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.use_bias = use_bias
+        self.use_scale = use_scale
+        self.reduction_axes = reduction_axes
+        self.axis_name = axis_name
+        self.axis_index_groups = axis_index_groups
+        self.channel_axis = channel_axis
+        self.activation = activation
+
+        def parameter(
+            used: bool, initializer: Initializer, metadata: Mapping[str, Any]
+        ) -> nnx.Param[Array] | None:
+            if not used:
+                return nnx.data(None)
+            return nnx.Param(initializer(rngs.params(), (num_features,), param_dtype), **metadata)
+
+        # In flax's order, so that equal seeds give equal parameters.
+        self.scale = parameter(use_scale, scale_init, scale_metadata)
+        self.bias = parameter(use_bias, bias_init, bias_metadata)
+
+    def __call__(
+        self,
+        x: Num[ArrayLike, "*shape"],
+        *,
+        mask: Bool[ArrayLike, "*broadcastable"] | None = None,
+        scale: Num[ArrayLike, "*batch channels"] | None = None,
+        bias: Num[ArrayLike, "*batch channels"] | None = None,
+    ) -> Num[Array, "*shape"]:
+        """Normalizes x; the arguments are those of `jgn.GroupNorm`.
+
+        Raises:
+            ValueError: x has other than num_features channels; a scale or bias is given to a layer
+                that learns its own; or as in `jgn.group_norm`.
+            TypeError: as in `jgn.group_norm`.
+        """
+        x = as_numbers(x, "x")
+        refuse_both("scale", self.scale is not None, scale)
+        refuse_both("bias", self.bias is not None, bias)
+        channel = resolve_axes(x.ndim, self.channel_axis, self.reduction_axes).channel
+        if x.shape[channel] != self.num_features:
+            raise ValueError(
+                f"x must have {self.num_features} channels along axis {self.channel_axis}: "
+                f"got shape {x.shape}."
+            )
+        return group_norm(
+            x,
+            self.num_groups,
+            scale if self.scale is None else self.scale[...],
+            bias if self.bias is None else self.bias[...],
+            epsilon=self.epsilon,
+            channel_axis=self.channel_axis,
+            reduction_axes=self.reduction_axes,
+            mask=mask,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            activation=self.activation,
+            dtype=self.dtype,
+        )
