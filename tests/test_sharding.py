@@ -128,13 +128,16 @@ def test_parameter_gradients_are_the_only_traffic_of_a_split_batch(axis_type):
 
 @AXIS_TYPES
 @pytest.mark.parametrize("layout", ["height", "width", "batch and space", "both axes on space"])
-def test_split_space_needs_two_all_reduces_of_moments(layout, axis_type):
+def test_split_space_needs_three_small_all_reduces_and_one_more_backward(layout, axis_type):
     sizes, spec = LAYOUTS[layout]
-    compiled = compiled_for(normalized, mesh_of(axis_type, **sizes), spec, ALIGNED)
-    traffic = collectives(compiled)
-    # One for the pivot and its anchor, one for the sums of d and d², of one value a channel each.
-    assert len(traffic) <= 4
-    assert sum(traffic) <= 4 * 4 * SHAPE[0] * SHAPE[-1]
+    mesh = mesh_of(axis_type, **sizes)
+    forward = collectives(compiled_for(normalized, mesh, spec, ALIGNED))
+    # The pivot's anchor, its sample, and the sums of d and d² as one: four values a channel.
+    assert len(forward) == 3
+    batch = SHAPE[0] // (sizes["a"] if layout == "batch and space" else 1)
+    assert sum(forward) == 4 * batch * SHAPE[-1] * X.itemsize
+    both = collectives(compiled_for(x_gradient, mesh, spec, ALIGNED))
+    assert len(both) == 4
 
 
 @AXIS_TYPES
