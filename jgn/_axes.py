@@ -41,7 +41,7 @@ def resolve_axes(rank: int, channel_axis: int, reduction_axes: int | Sequence[in
 
 def check_num_groups(num_groups: Any, channels: int) -> int:
     """Returns num_groups if it divides the channels."""
-    num_groups = _positive_integer(num_groups, "num_groups")
+    num_groups = positive_integer(num_groups, "num_groups")
     if channels % num_groups:
         raise ValueError(
             f"num_groups must divide the channels: got num_groups={num_groups} for {channels} "
@@ -60,7 +60,7 @@ def num_groups_from(num_groups: Any, group_size: Any, channels: int) -> int:
         )
     if group_size is None:
         return check_num_groups(num_groups, channels)
-    group_size = _positive_integer(group_size, "group_size")
+    group_size = positive_integer(group_size, "group_size")
     if channels % group_size:
         raise ValueError(
             f"group_size must divide the channels: got group_size={group_size} for {channels} "
@@ -91,7 +91,7 @@ def _resolve_reduction_axes(rank: int, reduction_axes: int | Sequence[int]) -> l
     return reduced
 
 
-def _positive_integer(value: Any, name: str) -> int:
+def positive_integer(value: Any, name: str) -> int:
     try:
         if isinstance(value, bool):
             raise TypeError

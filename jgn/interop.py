@@ -1,68 +1,191 @@
-"""Group normalization's parameters to and from other frameworks, none of which need be installed.
+"""Parameters to and from other frameworks, none of which needs to be installed.
 
-| framework            | scale    | bias     |
-| -------------------- | -------- | -------- |
-| flax, jgn            | `scale`  | `bias`   |
-| torch, lucid         | `weight` | `bias`   |
-| equinox              | `weight` | `bias`   |
-| haiku                | `scale`  | `offset` |
-| keras                | `gamma`  | `beta`   |
+>>> import numpy as np
+>>> from jgn.interop import convert_params
+>>> ours = {"norm": {"scale": np.ones(8), "bias": np.zeros(8)}}
+>>> list(convert_params(ours, source="jgn", target="keras")["norm"])
+['gamma', 'beta']
 """
 
+import copy
 import importlib
+import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
-import jax.numpy as jnp
+import jax
 import numpy as np
-from jax import Array
+from flax.core import meta
 
 from jgn._axes import num_groups_from
 from jgn._linen import GroupNorm
 
+Framework = Literal["jgn", "flax", "torch", "lucid", "equinox", "haiku", "keras"]
 
-class Names(NamedTuple):
-    """What a framework calls the two parameters."""
-
-    scale: str
-    bias: str
-
-
-NAMES = {
-    "flax": Names("scale", "bias"),
-    "jgn": Names("scale", "bias"),
-    "torch": Names("weight", "bias"),
-    "lucid": Names("weight", "bias"),
-    "equinox": Names("weight", "bias"),
-    "haiku": Names("scale", "offset"),
-    "keras": Names("gamma", "beta"),
+# What each calls the factors and the offsets.
+_SPELLINGS = {
+    "jgn": ("scale", "bias"),
+    "flax": ("scale", "bias"),
+    "torch": ("weight", "bias"),
+    "lucid": ("weight", "bias"),
+    "equinox": ("weight", "bias"),
+    "haiku": ("scale", "offset"),
+    "keras": ("gamma", "beta"),
 }
 
-Path = tuple[Any, ...]
+_ATTRIBUTES_OF_TORCH = ("num_groups", "num_channels", "eps", "affine", "weight", "bias")
+
+
+def from_torch(module: Any) -> tuple[GroupNorm, dict[str, dict[str, np.ndarray]]]:
+    """Makes the layer that computes what a `torch.nn.GroupNorm` does.
+
+    Args:
+        module: A `torch.nn.GroupNorm`, or any object with its attributes `num_groups`,
+            `num_channels`, `eps`, `affine`, `weight` and `bias`, such as lucid's.
+
+    Returns:
+        The layer, with the channels on axis 1 as in torch, and its variables: copies of the
+        module's parameters, bit for bit and in their own dtype, as NumPy arrays.
+
+    Raises:
+        TypeError: the module lacks one of the attributes, or its parameters are not arrays.
+        ValueError: the groups do not divide the channels, or a parameter has another shape.
+
+    Example:
+        >>> import types
+        >>> import jax, numpy as np
+        >>> from jgn.interop import from_torch
+        >>> module = types.SimpleNamespace(      # stands for torch.nn.GroupNorm(2, 8)
+        ...     num_groups=2, num_channels=8, eps=1e-5, affine=True,
+        ...     weight=np.ones(8, np.float32), bias=np.zeros(8, np.float32))
+        >>> layer, variables = from_torch(module)
+        >>> layer.apply(variables, jax.numpy.ones((1, 8, 3, 3))).shape
+        (1, 8, 3, 3)
+    """
+    missing = [name for name in _ATTRIBUTES_OF_TORCH if not hasattr(module, name)]
+    if missing:
+        raise TypeError(
+            "module must have the attributes of torch.nn.GroupNorm: "
+            f"got a {type(module).__name__} without {', '.join(missing)}."
+        )
+    tensors = {"scale": module.weight, "bias": module.bias} if module.affine else {}
+    params = {name: _array(tensor, name) for name, tensor in tensors.items() if tensor is not None}
+    for name, values in params.items():
+        if values.shape != (module.num_channels,):
+            raise ValueError(
+                f"{name} must have shape ({module.num_channels},), one value a channel: "
+                f"got {values.shape}."
+            )
+    layer = GroupNorm(
+        num_groups=num_groups_from(module.num_groups, None, module.num_channels),
+        epsilon=float(module.eps),
+        param_dtype=next((values.dtype for values in params.values()), np.dtype(np.float32)),
+        use_scale="scale" in params,
+        use_bias="bias" in params,
+        channel_axis=1,
+    )
+    return layer, {"params": params} if params else {}
+
+
+def to_torch(
+    layer: GroupNorm, variables: Mapping[str, Any], *, num_channels: int | None = None
+) -> Any:
+    """Makes the `torch.nn.GroupNorm` that computes what the layer does.
+
+    Args:
+        layer: The layer. torch's channels are on axis 1, wherever the layer's are.
+        variables: The layer's variables; they are copied bit for bit, in their own dtype.
+        num_channels: How many channels x has; only needed for a layer without parameters.
+
+    Returns:
+        A `torch.nn.GroupNorm` on the CPU.
+
+    Raises:
+        ImportError: torch is not installed.
+        ValueError: the layer has an option that torch's has not; the variables are not the
+            layer's; the channels are unknown, or not a multiple of the groups.
+    """
+    for option in ("dtype", "reduction_axes", "axis_name", "axis_index_groups", "activation"):
+        value = getattr(layer, option)
+        if value is not None:
+            raise ValueError(
+                f"layer must have no {option}, as torch.nn.GroupNorm has none: got {value!r}; "
+                f"write layer.clone({option}=None), and do in torch what it did."
+            )
+    params = meta.unbox(variables).get("params", {})
+    learned = {"scale": layer.use_scale, "bias": layer.use_bias}
+    wanted = [name for name, is_learned in learned.items() if is_learned]
+    if sorted(params) != sorted(wanted):
+        raise ValueError(
+            f"variables must hold the layer's parameters, {wanted}: got {list(params)}."
+        )
+    arrays = {name: _array(params[name], name) for name in wanted}
+    shapes = {values.shape for values in arrays.values()}
+    if num_channels is not None:
+        shapes.add((num_channels,))
+    if len(shapes) != 1 or len(next(iter(shapes))) != 1:
+        raise ValueError(
+            "the number of channels must be known from the parameters, each of shape (channels,), "
+            "or from num_channels for a layer without any: "
+            f"got {num_channels=} and the parameters' shapes "
+            f"{ {name: values.shape for name, values in arrays.items()} }."
+        )
+    ((channels,),) = shapes
+    num_groups = num_groups_from(layer.num_groups, layer.group_size, channels)
+    try:
+        torch = importlib.import_module("torch")
+    except ImportError as error:
+        raise ImportError(
+            "to_torch needs torch, which cannot be imported; "
+            'convert_params(params, source="jgn", target="torch") does not.'
+        ) from error
+    module = torch.nn.GroupNorm(num_groups, channels, layer.epsilon, affine=False)
+    module.affine = bool(arrays)
+    for name, values in arrays.items():
+        # Through bytes, because torch knows no bfloat16 of NumPy's.
+        tensor = torch.frombuffer(
+            bytearray(values.tobytes()), dtype=getattr(torch, values.dtype.name)
+        )
+        setattr(module, {"scale": "weight"}.get(name, name), torch.nn.Parameter(tensor))
+    return module
 
 
 def convert_params(
     params: Any,
     *,
-    source: str,
-    target: str,
-    where: Callable[[Path], bool] = lambda path: True,
+    source: Framework,
+    target: Framework,
+    where: Callable[[tuple[Any, ...]], bool] | None = None,
 ) -> Any:
-    """Renames the parameters of every group normalization in a tree of mappings and sequences.
+    """Renames the parameters of every group normalization in a tree.
 
-    A mapping counts as a normalization's if it has nothing but a scale, or a scale and a bias, of
-    the source's names, each of rank 1 and of equal size: a convolution's or a dense layer's kernel
-    has a higher rank. A lone bias could be anything's and stays. Other normalizations look the
-    same; `where` tells them apart.
+    | framework             | scale    | bias     |
+    | --------------------- | -------- | -------- |
+    | jgn, flax             | `scale`  | `bias`   |
+    | torch, lucid, equinox | `weight` | `bias`   |
+    | haiku                 | `scale`  | `offset` |
+    | keras                 | `gamma`  | `beta`   |
+
+    Other layers use these names too: a convolution of torch's has a `weight` and a `bias`. A
+    normalization is told from them by having nothing but both, of one shape, or nothing but a scale
+    of rank 1; the weight of a convolution or a linear layer has more axes than its bias. Parameters
+    that `vmap` or `scan` stacked keep to that. A bias alone could be anything's, and stays, unless
+    `where` chooses it. Layer normalizations look the same, and are renamed the same in all these
+    frameworks. So do torch's PReLU, and its batch normalization without the running statistics: a
+    tree that has these needs `where`.
 
     Args:
-        params: Mappings, lists and tuples, with arrays of any kind as leaves.
-        source: Whose names it has: flax, jgn, torch, lucid, equinox, haiku or keras.
-        target: Whose names to give.
-        where: Whether to convert at this path, the keys and indices from the root.
+        params: Mappings, lists and tuples, nested; names may be joined by "." or "/" into one, as
+            in a `state_dict`. All else is a leaf.
+        source: Whose names the tree has.
+        target: Whose names to give it.
+        where: Chooses the nodes to rename among all whose names are of the source's two, in place
+            of the rule above. It is called with the node's path, a tuple of keys and indices; for
+            joined names, the last of them is what stands before the last "." or "/".
 
     Returns:
-        The same tree with new names. Every leaf is the same object.
+        A tree of the same containers and of the very same leaves. No value is changed: neither
+        layout nor epsilon, whose default differs between frameworks, is among the parameters.
 
     Raises:
         ValueError: source or target is unknown.
@@ -70,148 +193,92 @@ def convert_params(
     Example:
         >>> import numpy as np
         >>> from jgn.interop import convert_params
-        >>> convert_params(
-        ...     {"norm": {"weight": np.ones(2), "bias": np.zeros(2)}}, source="torch", target="flax"
-        ... )
-        {'norm': {'scale': array([1., 1.]), 'bias': array([0., 0.])}}
+        >>> state_dict = {
+        ...     "0.weight": np.ones((8, 3, 3, 3)), "0.bias": np.zeros(8),     # a convolution
+        ...     "1.weight": np.ones(8), "1.bias": np.zeros(8)}                # its normalization
+        >>> list(convert_params(state_dict, source="torch", target="haiku"))
+        ['0.weight', '0.bias', '1.scale', '1.offset']
+        >>> params = {"conv": {"bias": np.zeros(8)}, "norm": {"bias": np.zeros(8)}}
+        >>> convert_params(params, source="jgn", target="keras", where=lambda path: "norm" in path)
+        {'conv': {'bias': array([...])}, 'norm': {'beta': array([...])}}
     """
-    old, new = _names("source", source), _names("target", target)
-    renamed = {old.scale: new.scale, old.bias: new.bias}
+    names = dict(zip(_spelling(source, "source"), _spelling(target, "target"), strict=True))
 
-    def convert(node: Any, path: Path) -> Any:
-        if isinstance(node, Mapping):
-            if _is_normalization(node, old) and where(path):
-                return _like(node, {renamed[name]: value for name, value in node.items()})
-            return _like(node, {name: convert(node[name], (*path, name)) for name in node})
-        if isinstance(node, list | tuple):
-            converted = [convert(value, (*path, index)) for index, value in enumerate(node)]
-            is_named = hasattr(node, "_fields")
-            return type(node)(*converted) if is_named else type(node)(converted)
-        return node
+    def converted(tree: Any, path: tuple[Any, ...]) -> Any:
+        if isinstance(tree, Mapping):
+            new_keys = _new_keys(tree, path, names, where)
+            items = {
+                new_keys.get(key, key): converted(value, (*path, key))
+                for key, value in tree.items()
+            }
+            return _mapping_like(tree, items)
+        if isinstance(tree, list | tuple):
+            children = [converted(child, (*path, index)) for index, child in enumerate(tree)]
+            return type(tree)(*children) if hasattr(tree, "_fields") else type(tree)(children)
+        return tree
 
-    return convert(params, ())
+    return converted(params, ())
 
 
-def from_torch(module: Any) -> tuple[GroupNorm, dict[str, Any]]:
-    """Makes a `jgn.GroupNorm` and its variables from a `torch.nn.GroupNorm` or its like.
+def _spelling(framework: Any, argument: str) -> tuple[str, str]:
+    if framework not in list(_SPELLINGS):
+        raise ValueError(f"{argument} must be one of {', '.join(_SPELLINGS)}: got {framework!r}.")
+    return _SPELLINGS[framework]
 
-    Args:
-        module: Anything with `num_groups`, `num_channels`, `eps`, `affine`, `weight` and `bias`.
 
-    Returns:
-        The layer, with its channels along axis 1 and the module's epsilon, and its variables, bit
-        for bit those of the module.
+def _new_keys(
+    tree: Mapping[Any, Any],
+    path: tuple[Any, ...],
+    names: dict[str, str],
+    where: Callable[[tuple[Any, ...]], bool] | None,
+) -> dict[str, str]:
+    """The keys to rename in one mapping, each with what it becomes."""
+    nodes: dict[str, dict[str, str]] = {}
+    for key in filter(lambda key: isinstance(key, str), tree):
+        prefix = re.sub(r"[^./]*\Z", "", key)
+        nodes.setdefault(prefix, {})[key.removeprefix(prefix)] = key
 
-    Raises:
-        TypeError: module lacks one of the attributes.
-    """
-    missing = [name for name in _ATTRIBUTES if not hasattr(module, name)]
-    if missing:
-        raise TypeError(
-            f"module must have the attributes of torch.nn.GroupNorm: got a {type(module).__name__} "
-            f"without {', '.join(missing)}."
-        )
-    layer = GroupNorm(
-        num_groups=module.num_groups,
-        epsilon=module.eps,
-        channel_axis=1,
-        use_scale=module.weight is not None,
-        use_bias=module.bias is not None,
-    )
-    parameters = {
-        name: _to_jax(value)
-        for name, value in (("scale", module.weight), ("bias", module.bias))
-        if value is not None
+    def is_chosen(prefix: str, keys: dict[str, str]) -> bool:
+        values = [tree[key] for key in keys.values()]
+        if not keys.keys() <= names.keys() or any(isinstance(v, _CONTAINERS) for v in values):
+            return False
+        if where is not None:
+            return where((*path, prefix[:-1]) if prefix else path)
+        shapes = {getattr(meta.unbox(value), "shape", None) for value in values}
+        if len(keys) == 2:
+            return len(shapes) == 1 and shapes != {None}
+        return next(iter(names)) in keys and len(shapes.pop() or ()) == 1
+
+    return {
+        key: prefix + names[name]
+        for prefix, keys in nodes.items()
+        if is_chosen(prefix, keys)
+        for name, key in keys.items()
     }
-    dtypes = {value.dtype for value in parameters.values()}
-    if len(dtypes) == 1:
-        layer = layer.clone(param_dtype=dtypes.pop())
-    return layer, {"params": parameters} if parameters else {}
 
 
-_ATTRIBUTES = ("num_groups", "num_channels", "eps", "affine", "weight", "bias")
+_CONTAINERS = (Mapping, list, tuple)
 
 
-def to_torch(
-    layer: GroupNorm, variables: Mapping[str, Any], num_channels: int | None = None
-) -> Any:
-    """Makes a `torch.nn.GroupNorm` from a `jgn.GroupNorm` and its variables.
-
-    Args:
-        layer: The layer. Its channels come to lie along axis 1, where torch has them.
-        variables: As `layer.init` returns them.
-        num_channels: Needed by a layer without parameters, which does not know.
-
-    Returns:
-        The module, its parameters bit for bit those of the layer.
-
-    Raises:
-        ImportError: torch is not installed.
-        ValueError: the layer does what torch's does not, or num_channels is missing.
-    """
-    for name, default in (
-        ("activation", None),
-        ("axis_name", None),
-        ("reduction_axes", None),
-        ("dtype", None),
-    ):
-        if getattr(layer, name) != default:
-            raise ValueError(
-                f"torch.nn.GroupNorm has no {name}: got {name}={getattr(layer, name)!r}."
-            )
-    torch = importlib.import_module("torch")
-    parameters = variables.get("params", {})
-    sizes = [parameter.size for parameter in parameters.values()]
-    channels = sizes[0] if sizes else num_channels
-    if channels is None:
-        raise ValueError("num_channels must be given for a layer without parameters: got None.")
-    module = torch.nn.GroupNorm(
-        num_groups_from(layer.num_groups, layer.group_size, channels),
-        channels,
-        eps=layer.epsilon,
-        affine=bool(parameters),
-    )
-    for ours, theirs in (("scale", "weight"), ("bias", "bias")):
-        value = parameters.get(ours)
-        parameter = None
-        if value is not None:
-            parameter = torch.nn.Parameter(_to_torch(torch, np.asarray(value)))
-        module.register_parameter(theirs, parameter)
-    return module
+def _mapping_like(tree: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    if isinstance(tree, dict):
+        # A defaultdict's constructor differs, and a state_dict of torch's carries its versions.
+        copied = copy.copy(tree)
+        copied.clear()
+        copied.update(items)
+        return copied
+    rebuild: Any = type(tree)
+    return rebuild(items)
 
 
-def _names(argument: str, framework: str) -> Names:
-    if framework not in NAMES:
-        raise ValueError(f"{argument} must be one of {', '.join(NAMES)}: got {framework!r}.")
-    return NAMES[framework]
-
-
-def _is_normalization(node: Mapping[Any, Any], names: Names) -> bool:
-    shapes = {tuple(getattr(value, "shape", (None, None))) for value in node.values()}
-    return (
-        names.scale in node
-        and set(node) <= set(names)
-        and len(shapes) == 1
-        and len(shapes.pop()) == 1
-    )
-
-
-def _like(node: Mapping[Any, Any], content: dict[Any, Any]) -> Any:
-    return content if type(node) is dict else type(node)(content)  # pyright: ignore[reportCallIssue]
-
-
-def _to_jax(value: Any) -> Array:
-    """A tensor of torch, or anything that NumPy takes."""
-    if not hasattr(value, "detach"):
-        return jnp.array(value)
-    tensor = value.detach().cpu()
-    # NumPy has no bfloat16 of its own; float32 holds each exactly.
-    if str(tensor.dtype) == "torch.bfloat16":
-        return jnp.array(tensor.float().numpy(), jnp.bfloat16)
-    return jnp.array(tensor.numpy())
-
-
-def _to_torch(torch: Any, array: np.ndarray) -> Any:
-    if array.dtype == jnp.bfloat16:
-        return torch.from_numpy(array.astype(np.float32)).to(torch.bfloat16)
-    return torch.from_numpy(array.copy())
+def _array(value: Any, name: str) -> np.ndarray:
+    """A copy in host memory of any framework's array."""
+    for method in ("detach", "cpu", "contiguous"):  # torch's, on the way to NumPy
+        value = getattr(value, method, lambda value=value: value)()
+    try:
+        array = value.numpy() if hasattr(value, "numpy") else np.asarray(value)
+    except TypeError:  # torch's bfloat16, which NumPy itself does not know
+        array = np.asarray(jax.dlpack.from_dlpack(value))
+    if array.dtype == object:
+        raise TypeError(f"{name} must be an array: got a {type(value).__name__}.")
+    return array.copy()

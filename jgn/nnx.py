@@ -1,4 +1,4 @@
-"""The flax.nnx layer; `import jgn` alone does not import it."""
+"""The flax.nnx layer; `import jgn` alone does not import it, nor flax.nnx."""
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Num
 
-from jgn._axes import num_groups_from, resolve_axes
+from jgn._axes import num_groups_from, positive_integer, resolve_axes
 from jgn._group_norm import as_numbers, group_norm
 from jgn._linen import refuse_both
 
@@ -19,13 +19,13 @@ from jgn._linen import refuse_both
 class GroupNorm(nnx.Module):
     """Group normalization layer; see `jgn.group_norm` for the equation and for what x may be.
 
-    Its state is that of `flax.nnx.GroupNorm`: `scale` and `bias`, each an `nnx.Param` of shape
-    (num_features,) or None. Note that flax's epsilon is 1e-6 by default. flax's
-    `use_fast_variance` and `promote_dtype` are not needed: there is one variance, and `dtype`
-    alone decides the output's.
+    Its parameters are `scale` and `bias`, shape (num_features,), as those of `flax.nnx.GroupNorm`,
+    whose state it loads. Note that flax's epsilon is 1e-6 by default, and that the output has x's
+    dtype. `use_fast_variance` and `promote_dtype` have no counterpart: there is one variance, as
+    fast as the fast one, and moments are never computed in less than float32.
 
     Args:
-        num_features: The channels.
+        num_features: How many channels x has.
         num_groups: How many groups to form; give this or `group_size`, and None for the other.
         group_size: How many channels each group has.
         epsilon: Added to the variance.
@@ -40,20 +40,21 @@ class GroupNorm(nnx.Module):
         axis_index_groups: Which indices along `axis_name` share moments.
         channel_axis: The axis of the channels.
         activation: An elementwise function applied to the result, such as `nnx.silu`.
-        rngs: Keys for the initializers.
+        rngs: Where the initializers take their keys from.
         bias_metadata: Metadata of the bias, such as its sharding.
         scale_metadata: Metadata of the scale.
 
     Raises:
-        ValueError: the groups are given by both count and size or by neither, or do not divide
-            the features.
+        ValueError: the groups do not divide `num_features`, or are given by both count and size or
+            by neither.
         TypeError: a count is not an integer.
 
     Example:
+        >>> import jax
         >>> from flax import nnx
-        >>> import jax, jgn.nnx
+        >>> import jgn.nnx
         >>> layer = jgn.nnx.GroupNorm(64, num_groups=8, activation=nnx.silu, rngs=nnx.Rngs(0))
-        >>> layer(jax.random.normal(jax.random.key(0), (2, 16, 16, 64))).shape
+        >>> layer(jax.numpy.ones((2, 16, 16, 64))).shape
         (2, 16, 16, 64)
     """
 
@@ -79,30 +80,29 @@ class GroupNorm(nnx.Module):
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
-        self.num_features = num_features
-        self.num_groups = num_groups_from(num_groups, group_size, num_features)
-        self.group_size = num_features // self.num_groups
+        self.num_features: int = positive_integer(num_features, "num_features")
+        self.num_groups: int = num_groups_from(num_groups, group_size, self.num_features)
+        self.group_size: int = self.num_features // self.num_groups
         self.epsilon = epsilon
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.use_bias = use_bias
         self.use_scale = use_scale
-        self.reduction_axes = reduction_axes
-        self.axis_name = axis_name
-        self.axis_index_groups = axis_index_groups
+        self.reduction_axes: int | tuple[int, ...] | None = _hashable(reduction_axes)
+        self.axis_name: str | tuple[str, ...] | None = _hashable(axis_name)
+        self.axis_index_groups: tuple[tuple[int, ...], ...] | None = _hashable(axis_index_groups)
         self.channel_axis = channel_axis
         self.activation = activation
 
-        def parameter(
-            used: bool, initializer: Initializer, metadata: Mapping[str, Any]
-        ) -> nnx.Param[Array] | None:
-            if not used:
-                return nnx.data(None)
-            return nnx.Param(initializer(rngs.params(), (num_features,), param_dtype), **metadata)
-
         # In flax's order, so that equal seeds give equal parameters.
-        self.scale = parameter(use_scale, scale_init, scale_metadata)
-        self.bias = parameter(use_bias, bias_init, bias_metadata)
+        def parameter(learned: bool, initializer: Initializer, metadata: Mapping[str, Any]) -> Any:
+            if not learned:
+                return nnx.data(None)
+            values = initializer(rngs.params(), (self.num_features,), param_dtype)
+            return nnx.Param(values, **metadata)
+
+        self.scale: nnx.Param[Array] | None = parameter(use_scale, scale_init, scale_metadata)
+        self.bias: nnx.Param[Array] | None = parameter(use_bias, bias_init, bias_metadata)
 
     def __call__(
         self,
@@ -112,21 +112,31 @@ class GroupNorm(nnx.Module):
         scale: Num[ArrayLike, "*batch channels"] | None = None,
         bias: Num[ArrayLike, "*batch channels"] | None = None,
     ) -> Num[Array, "*shape"]:
-        """Normalizes x; the arguments are those of `jgn.GroupNorm`.
+        """Normalizes x.
+
+        Args:
+            x: The input; see `jgn.group_norm`.
+            mask: True counts toward the moments.
+            scale: Factors from elsewhere, (channels,) or (*batch, channels), as in adaptive group
+                normalization; needs `use_scale=False`.
+            bias: Offsets from elsewhere; needs `use_bias=False`.
+
+        Returns:
+            y, of x's shape.
 
         Raises:
-            ValueError: x has other than num_features channels; a scale or bias is given to a layer
-                that learns its own; or as in `jgn.group_norm`.
+            ValueError: x has not `num_features` channels; a scale or bias is given to a layer that
+                learns its own; or as in `jgn.group_norm`.
             TypeError: as in `jgn.group_norm`.
         """
         x = as_numbers(x, "x")
         refuse_both("scale", self.scale is not None, scale)
         refuse_both("bias", self.bias is not None, bias)
-        channel = resolve_axes(x.ndim, self.channel_axis, self.reduction_axes).channel
-        if x.shape[channel] != self.num_features:
+        channels = x.shape[resolve_axes(x.ndim, self.channel_axis, self.reduction_axes).channel]
+        if channels != self.num_features:
             raise ValueError(
-                f"x must have {self.num_features} channels along axis {self.channel_axis}: "
-                f"got shape {x.shape}."
+                f"x must have num_features channels: got {channels} on axis {self.channel_axis} "
+                f"of shape {x.shape} for num_features={self.num_features}."
             )
         return group_norm(
             x,
@@ -142,3 +152,10 @@ class GroupNorm(nnx.Module):
             activation=self.activation,
             dtype=self.dtype,
         )
+
+
+def _hashable(value: Any) -> Any:
+    """nnx compares layers by their attributes, which a list cannot be."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return value
+    return tuple(map(_hashable, value))

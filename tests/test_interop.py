@@ -1,244 +1,635 @@
-"""Parameters to and from other frameworks, to the bit; with the frameworks where installed."""
+"""Parameters to and from other frameworks, bit for bit, and the real frameworks where installed."""
 
+import collections
+import itertools
+import re
 import sys
 import types
+from typing import NamedTuple
 
 import chex
-import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from cases import random
-from oracle import Oracle, tolerance
+from flax.core import FrozenDict
+from oracle import Oracle, tolerance, wide
 
 import jgn
-from jgn.interop import NAMES, convert_params, from_torch, to_torch
+from jgn.interop import convert_params, from_torch, to_torch
 
-SCALE, BIAS = random((8,), 1), random((8,), 2)
-
-
-def lookalike(weight=SCALE, bias=BIAS, **attributes):
-    """What lucid's module has."""
-    attributes = {"num_groups": 4, "num_channels": 8, "eps": 1e-3, "affine": True, **attributes}
-    return types.SimpleNamespace(weight=weight, bias=bias, **attributes)
-
-
-def assert_close(actual, wanted, elements):
-    atol = tolerance("float32", elements) * np.abs(wanted).max()
-    np.testing.assert_allclose(actual, wanted, rtol=0, atol=atol)
-
-
-@pytest.mark.parametrize("source", NAMES)
-@pytest.mark.parametrize("target", NAMES)
-def test_a_tree_goes_there_and_back_with_the_same_leaves(source, target):
-    names = NAMES[source]
-    params = {
-        "norm": {names.scale: SCALE, names.bias: BIAS},
-        "layers": [
-            {"conv": {"kernel": np.ones((3, 3, 8, 8)), "bias": BIAS}},
-            ({names.scale: jnp.ones(4, jnp.bfloat16)}, None, 3),
-        ],
-        "dense": {"weight": np.ones((8, 2)), "bias": np.zeros(2)},
-        "frozen": flax.core.freeze({"inner": {names.scale: SCALE, names.bias: BIAS}}),
-    }
-    there = convert_params(params, source=source, target=target)
-    assert set(there["norm"]) == set(NAMES[target])
-    assert set(there["frozen"]["inner"]) == set(NAMES[target])
-    assert isinstance(there["frozen"], flax.core.FrozenDict)
-    assert there["norm"][NAMES[target].scale] is SCALE
-    assert there["norm"][NAMES[target].bias] is BIAS
-    assert set(there["layers"][1][0]) == {NAMES[target].scale}
-    assert there["dense"] == params["dense"], "a matrix is no scale"
-    assert there["layers"][0] == params["layers"][0]
-    back = convert_params(there, source=target, target=source)
-    assert jax.tree.structure(back) == jax.tree.structure(params)
-    for leaf, original in zip(jax.tree.leaves(back), jax.tree.leaves(params), strict=True):
-        assert leaf is original
+CHANNELS, GROUPS = 12, 3
+NAMES = {
+    "jgn": ("scale", "bias"),
+    "flax": ("scale", "bias"),
+    "torch": ("weight", "bias"),
+    "lucid": ("weight", "bias"),
+    "equinox": ("weight", "bias"),
+    "haiku": ("scale", "offset"),
+    "keras": ("gamma", "beta"),
+}
+EVERY_PAIR = [
+    pytest.param(source, target, id=f"{source}-{target}") for source in NAMES for target in NAMES
+]
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
-def test_what_only_looks_like_one_stays():
-    params = {
-        "unequal": {"weight": np.ones(3), "bias": np.ones(4)},
-        "more": {"weight": np.ones(3), "bias": np.ones(3), "running_mean": np.ones(3)},
-        "bias alone": {"bias": np.ones(3)},
-        "empty": {},
-    }
-    assert convert_params(params, source="torch", target="keras") == params
-
-
-def test_where_chooses_by_path():
-    params = {"bn": {"weight": SCALE, "bias": BIAS}, "gn": [{"weight": SCALE, "bias": BIAS}]}
-    converted = convert_params(
-        params, source="torch", target="flax", where=lambda path: path[0] == "gn"
+def module_like_torch(dtype="float32", **attributes):
+    weight, bias = (random((CHANNELS,), seed, dtype=dtype) for seed in (1, 2))
+    return types.SimpleNamespace(
+        **{
+            "num_groups": GROUPS,
+            "num_channels": CHANNELS,
+            "eps": 1e-3,
+            "affine": True,
+            "weight": weight,
+            "bias": bias,
+            **attributes,
+        }
     )
-    assert converted["bn"].keys() == {"weight", "bias"}
-    assert converted["gn"][0].keys() == {"scale", "bias"}
 
 
-def test_an_unknown_framework_is_named():
-    text = (
-        "^source must be one of flax, jgn, torch, lucid, equinox, haiku, keras: got 'tensorflow'.$"
+def params_of(framework):
+    return dict(
+        zip(NAMES[framework], (random((CHANNELS,), 1), random((CHANNELS,), 2)), strict=True)
     )
-    with pytest.raises(ValueError, match=text):
-        convert_params({}, source="tensorflow", target="flax")
-    with pytest.raises(ValueError, match=text.replace("source", "target")):
-        convert_params({}, source="flax", target="tensorflow")
 
 
-def test_anything_with_torchs_attributes_will_do():
-    layer, variables = from_torch(lookalike())
-    assert (layer.num_groups, layer.epsilon, layer.channel_axis) == (4, 1e-3, 1)
-    x = random((2, 8, 5))
-    wanted = Oracle(x, 4, SCALE, BIAS, epsilon=1e-3, channel_axis=1).y
-    assert_close(layer.apply(variables, x), wanted, 10)
-    chex.assert_trees_all_equal(variables, {"params": {"scale": SCALE, "bias": BIAS}})
+STACKED = {"scale": random((2, CHANNELS)), "bias": random((2, CHANNELS))}
 
 
-def test_without_parameters_or_with_a_scale_alone():
-    layer, variables = from_torch(lookalike(None, None, affine=False))
-    assert variables == {}
-    assert layer.init(jax.random.key(0), random((2, 8, 5))) == {}
-    layer, variables = from_torch(lookalike(bias=None))
-    assert variables["params"].keys() == {"scale"}
-    assert (layer.use_scale, layer.use_bias) == (True, False)
+def assert_same_bits(actual, wanted):
+    actual, wanted = np.asarray(actual), np.asarray(wanted)
+    assert (actual.dtype, actual.shape) == (wanted.dtype, wanted.shape)
+    assert actual.tobytes() == wanted.tobytes()
 
 
-def test_what_lacks_an_attribute_is_told_which():
-    with pytest.raises(
-        TypeError, match=r"^module must have .* got a SimpleNamespace without num_groups, eps\.$"
-    ):
-        from_torch(types.SimpleNamespace(num_channels=8, affine=True, weight=None, bias=None))
+def bits(tensor):
+    """Those of a torch tensor, whatever its dtype."""
+    torch = pytest.importorskip("torch")
+    return bytes(tensor.detach().contiguous().view(torch.uint8).numpy())
 
 
-def test_without_torch_the_way_back_says_so(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ImportError, match="torch"):
-        to_torch(jgn.GroupNorm(4), {"params": {"scale": SCALE, "bias": BIAS}})
+# from_torch
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_object_with_torchs_attributes_becomes_a_layer(dtype):
+    module = module_like_torch(dtype)
+    layer, variables = from_torch(module)
+    assert layer == jgn.GroupNorm(
+        GROUPS, epsilon=1e-3, param_dtype=jnp.dtype(dtype), channel_axis=1
+    )
+    assert_same_bits(variables["params"]["scale"], module.weight)
+    assert_same_bits(variables["params"]["bias"], module.bias)
+
+
+def test_the_layer_normalizes_channels_first():
+    x, module = random((2, CHANNELS, 5, 4)), module_like_torch()
+    layer, variables = from_torch(module)
+    oracle = Oracle(x, GROUPS, module.weight, module.bias, epsilon=1e-3, channel_axis=1)
+    np.testing.assert_allclose(
+        layer.apply(variables, x), oracle.y, rtol=0, atol=10 * tolerance("float32", 80)
+    )
 
 
 @pytest.mark.parametrize(
-    "option",
+    ("attributes", "learned"),
     [
-        {"activation": nn.silu},
-        {"axis_name": "batch"},
-        {"reduction_axes": (1, 2)},
-        {"dtype": jnp.bfloat16},
+        ({"affine": False, "weight": None, "bias": None}, []),
+        ({"bias": None}, ["scale"]),
+        ({"weight": None}, ["bias"]),
     ],
-    ids=lambda option: next(iter(option)),
 )
-def test_what_torch_cannot_do_is_refused(option):
-    with pytest.raises(ValueError, match=f"^torch.nn.GroupNorm has no {next(iter(option))}: got "):
-        to_torch(jgn.GroupNorm(4, **option), {})
+def test_a_parameter_that_is_missing_is_not_learned(attributes, learned):
+    layer, variables = from_torch(module_like_torch(**attributes))
+    assert (layer.use_scale, layer.use_bias) == ("scale" in learned, "bias" in learned)
+    assert list(variables.get("params", {})) == learned
+    x = random((2, CHANNELS, 5))
+    chex.assert_trees_all_equal_structs(layer.init(jax.random.key(0), x), variables)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_torch_there_and_back_to_the_bit(dtype, with_bias):
+def test_the_variables_are_copies():
+    module = module_like_torch()
+    _, variables = from_torch(module)
+    module.weight[:] = 0
+    assert np.all(variables["params"]["scale"] != 0)
+
+
+class TensorLikeTorchs:
+    """In a graph, on a device, and no array until it has left both."""
+
+    def __init__(self, values, steps=("detach", "cpu", "numpy")):
+        self.values = values
+        self.steps = steps
+
+    def __getattr__(self, name):
+        if name != self.steps[0]:
+            raise AttributeError(name)
+        rest = self.steps[1:]
+        return lambda: TensorLikeTorchs(self.values, rest) if rest else self.values
+
+
+@pytest.mark.parametrize("steps", [("detach", "cpu", "numpy"), ("detach", "numpy"), ("numpy",)])
+def test_a_tensor_is_taken_out_of_its_graph_and_off_its_device(steps):
+    """torch's, lucid's, and the plainest."""
+    module = module_like_torch()
+    weight, bias = (TensorLikeTorchs(value, steps) for value in (module.weight, module.bias))
+    variables = from_torch(module_like_torch(weight=weight, bias=bias))[1]
+    chex.assert_trees_all_equal(variables, from_torch(module)[1])
+
+
+def test_an_object_without_torchs_attributes_is_named():
+    with pytest.raises(TypeError, match=r"a GroupNorm without num_channels, eps, affine, weight"):
+        from_torch(jgn.GroupNorm(GROUPS))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tensor_with_strides_keeps_its_values(dtype):
     torch = pytest.importorskip("torch")
-    module = torch.nn.GroupNorm(4, 8, eps=1e-4, dtype=getattr(torch, dtype))
-    with torch.no_grad():
-        module.weight.copy_(torch.from_numpy(SCALE))
-        module.bias.copy_(torch.from_numpy(BIAS))
-    if not with_bias:
-        module.register_parameter("bias", None)
-    with jax.enable_x64(dtype == "float64"):
-        layer, variables = from_torch(module)
-        assert layer.param_dtype == dtype
-        back = to_torch(layer, variables)
-    assert (back.num_groups, back.num_channels, back.eps) == (4, 8, 1e-4)
-    assert back.weight.dtype == module.weight.dtype
-    assert torch.equal(back.weight, module.weight)
-    assert (back.bias is None) == (not with_bias)
-    assert not with_bias or torch.equal(back.bias, module.bias)
+    wide_weight = torch.arange(2.0 * CHANNELS, dtype=getattr(torch, dtype))
+    _, variables = from_torch(module_like_torch(weight=wide_weight[::2]))
+    assert_same_bits(variables["params"]["scale"], np.arange(0, 2 * CHANNELS, 2, jnp.dtype(dtype)))
 
 
-def test_a_group_size_and_no_parameters_go_to_torch():
+@pytest.mark.parametrize("shape", [(CHANNELS, 1), (6,), ()])
+def test_a_parameter_of_another_shape_is_named(shape):
+    with pytest.raises(ValueError, match=r"^bias must have shape \(12,\), one value a chann"):
+        from_torch(module_like_torch(bias=np.zeros(shape)))
+
+
+def test_groups_that_do_not_divide_are_named_at_once():
+    with pytest.raises(ValueError, match=r"^num_groups must divide the channels: got num_groups=5"):
+        from_torch(module_like_torch(num_groups=5))
+
+
+def test_a_parameter_that_is_no_array_is_named():
+    with pytest.raises(TypeError, match=r"^scale must be an array: got a dict\.$"):
+        from_torch(module_like_torch(weight={}))
+
+
+# to_torch
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("learned", [(), ("scale",), ("bias",), ("scale", "bias")])
+def test_torch_and_back_keeps_every_bit(dtype, learned):
     pytest.importorskip("torch")
-    layer = jgn.GroupNorm(num_groups=None, group_size=2, use_scale=False, use_bias=False)
-    module = to_torch(layer, {}, num_channels=8)
-    assert (module.num_groups, module.affine) == (4, False)
-    with pytest.raises(ValueError, match=r"^num_channels must be given"):
-        to_torch(layer, {})
+    layer = jgn.GroupNorm(
+        GROUPS,
+        epsilon=0.1,
+        param_dtype=jnp.dtype(dtype if learned else "float32"),
+        use_scale="scale" in learned,
+        use_bias="bias" in learned,
+        channel_axis=1,
+    )
+    params = {name: random((CHANNELS,), len(name), dtype=dtype) for name in learned}
+    variables = {"params": params} if params else {}
+    module = to_torch(layer, variables, num_channels=CHANNELS)
+    again, its_variables = from_torch(module)
+    assert again == layer
+    jax.tree.map(assert_same_bits, its_variables, variables)
 
 
-class Twin(nn.Module):
-    """The torch network below in flax's terms, channels last."""
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_jgn_and_back_keeps_every_bit(dtype):
+    torch = pytest.importorskip("torch")
+    module = torch.nn.GroupNorm(GROUPS, CHANNELS, eps=1e-4, dtype=getattr(torch, dtype))
+    # Not a number, infinities, zeros of both signs, denormals: every pattern of bits.
+    patterns = torch.randint(0, 256, (CHANNELS * module.weight.element_size(),), dtype=torch.uint8)
+    module.weight.data = patterns.view(module.weight.dtype)
+    again = to_torch(*from_torch(module))
+    assert repr(again) == repr(module)
+    for name in ("weight", "bias"):
+        assert bits(getattr(again, name)) == bits(getattr(module, name))
+        assert getattr(again, name).requires_grad
 
-    norm: jgn.GroupNorm
 
-    @nn.compact
-    def __call__(self, x):
-        x = nn.Conv(8, (3, 3))(x)
-        x = nn.relu(self.norm(x))
-        return nn.Dense(5)(x.mean((1, 2)))
+def test_parameters_that_carry_axis_names_lose_them():
+    pytest.importorskip("torch")
+    init = nn.with_partitioning(nn.initializers.ones, ("channels",))
+    layer = jgn.GroupNorm(GROUPS, scale_init=init, bias_init=init)
+    variables = layer.init(jax.random.key(0), random((1, CHANNELS)))
+    assert to_torch(layer, variables).weight.tolist() == [1.0] * CHANNELS
 
 
-def test_a_whole_network_of_torch_has_a_twin_with_the_same_outputs_and_gradients():
+def test_group_size_and_frozen_variables_are_understood():
+    pytest.importorskip("torch")
+    layer = jgn.GroupNorm(num_groups=None, group_size=4)
+    module = to_torch(layer, FrozenDict({"params": params_of("jgn")}))
+    assert (module.num_groups, module.num_channels) == (3, CHANNELS)
+
+
+def identity(x):
+    return x
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("reduction_axes", (1, 2)),
+        ("activation", identity),
+        ("axis_name", "batch"),
+        ("axis_index_groups", ((0,), (1,))),
+        ("dtype", jnp.float32),
+    ],
+)
+def test_an_option_that_torch_has_not_is_named(option, value):
+    layer = jgn.GroupNorm(GROUPS, **{option: value})
+    with pytest.raises(
+        ValueError, match=rf"^layer must have no {option}, .* layer\.clone\({option}"
+    ):
+        to_torch(layer, {"params": params_of("jgn")})
+
+
+@pytest.mark.parametrize(
+    ("options", "variables", "num_channels", "message"),
+    [
+        ({}, {}, None, r"^variables must hold .* \['scale', 'bias'\]: got \[\]\.$"),
+        ({"use_bias": False}, {"params": params_of("jgn")}, None, r"\['scale'\]: got \['bias', "),
+        (
+            {},
+            {"params": {"GroupNorm_0": params_of("jgn")}},
+            None,
+            r"\['scale', 'bias'\]: got \['GroupNorm_0'\]",
+        ),
+        ({"use_bias": False, "use_scale": False}, {}, None, "number of channels must be known"),
+        ({}, {"params": params_of("jgn")}, 16, r"num_channels=16 and the parameters' shapes {'sca"),
+        (
+            {},
+            {"params": STACKED},
+            None,
+            r"each of shape \(channels,\), .* {'scale': \(2, 12",
+        ),
+        ({"num_groups": 5}, {"params": params_of("jgn")}, None, "num_groups must divide the chan"),
+    ],
+)
+def test_variables_that_are_not_the_layers_are_named(options, variables, num_channels, message):
+    layer = jgn.GroupNorm(**{"num_groups": GROUPS, **options})
+    with pytest.raises(ValueError, match=message):
+        to_torch(layer, variables, num_channels=num_channels)
+
+
+def test_without_torch_the_way_out_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ImportError, match=r"to_torch needs torch.*convert_params\(params, source="):
+        to_torch(jgn.GroupNorm(GROUPS), {"params": params_of("jgn")})
+
+
+# convert_params
+
+
+class Pair(NamedTuple):
+    first: object
+    second: object
+
+
+@pytest.mark.parametrize(("source", "target"), EVERY_PAIR)
+def test_every_framework_to_every_other(source, target):
+    params = params_of(source)
+    converted = convert_params(params, source=source, target=target)
+    assert list(converted) == list(NAMES[target])
+    assert all(a is b for a, b in zip(converted.values(), params.values(), strict=True))
+    back = convert_params(converted, source=target, target=source)
+    assert list(back.items()) == list(params.items()) or all(
+        back[name] is params[name] for name in params
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_round_trip_through_all_keeps_every_leaf(dtype):
+    scale, bias = random((CHANNELS,), 1, dtype=dtype), random((CHANNELS,), 2, dtype=dtype)
+    params = {"norm": {"scale": scale, "bias": bias}}
+    frameworks = [*NAMES, "jgn"]
+    for source, target in itertools.pairwise(frameworks):
+        params = convert_params(params, source=source, target=target)
+    assert params["norm"]["scale"] is scale
+    assert params["norm"]["bias"] is bias
+
+
+def test_every_container_is_kept_and_searched():
+    norm = params_of("torch")
+    tree = {
+        "list": [norm, 1],
+        "tuple": (norm, None),
+        "named": Pair(norm, "weight"),
+        "frozen": FrozenDict({"norm": norm}),
+        "ordered": collections.OrderedDict(norm),
+        "empty": {},
+        "7": {7: 1.0},
+    }
+    wanted = dict(zip(("gamma", "beta"), norm.values(), strict=True))
+    converted = convert_params(tree, source="torch", target="keras")
+    chex.assert_trees_all_equal(
+        {key: value for key, value in converted.items() if key != "named"},
+        {
+            "list": [wanted, 1],
+            "tuple": (wanted, None),
+            "frozen": FrozenDict({"norm": wanted}),
+            "ordered": collections.OrderedDict(wanted),
+            "empty": {},
+            "7": {7: 1.0},
+        },
+    )
+    assert isinstance(converted["named"], Pair)
+    assert converted["named"].second == "weight"
+    for key in tree:
+        assert type(converted[key]) is type(tree[key])
+    assert "weight" in norm
+
+
+def test_an_optimizers_state_is_renamed_with_its_parameters():
+    ours = {"norm": params_of("jgn")}
+    theirs = convert_params(ours, source="jgn", target="haiku")
+    optimizer = optax.adam(1e-3)
+    chex.assert_trees_all_equal(
+        convert_params(optimizer.init(ours), source="jgn", target="haiku"), optimizer.init(theirs)
+    )
+
+
+def test_other_layers_stay_as_they_are():
+    others = {
+        "linear": {"weight": random((5, CHANNELS)), "bias": random((5,))},
+        "convolution": {"weight": random((4, 4, 3)), "bias": random((4,))},
+        "linear_without_bias": {"weight": random((5, 4))},
+        "a_number": {"weight": random(())},
+        "without_weight": {"bias": random((4,))},
+        "batch_norm": {
+            "weight": random((4,)),
+            "bias": random((4,)),
+            "running_mean": random((4,)),
+        },
+        "of_different_sizes": {"weight": random((4,)), "bias": random((3,))},
+        "of_no_shape": {"weight": "a", "bias": "b"},
+        "modules": {"weight": {"kernel": random((4,))}, "bias": {"kernel": random((4,))}},
+    }
+    converted = convert_params(others, source="torch", target="keras")
+    assert jax.tree.structure(converted) == jax.tree.structure(others)
+    assert all(
+        a is b for a, b in zip(jax.tree.leaves(converted), jax.tree.leaves(others), strict=True)
+    )
+
+
+@pytest.mark.parametrize("source", NAMES)
+def test_a_scale_of_rank_1_without_a_bias_is_a_normalizations(source):
+    scale = random((CHANNELS,))
+    converted = convert_params({NAMES[source][0]: scale}, source=source, target="keras")
+    assert list(converted) == ["gamma"]
+    assert converted["gamma"] is scale
+
+
+def test_stacked_parameters_are_known_by_their_equal_shapes():
+    stacked = {
+        "norm": {"weight": random((6, CHANNELS)), "bias": random((6, CHANNELS))},
+        "linear": {"weight": random((6, 5, CHANNELS)), "bias": random((6, 5))},
+    }
+    converted = convert_params(stacked, source="equinox", target="jgn")
+    assert [list(converted[key]) for key in stacked] == [["scale", "bias"], ["weight", "bias"]]
+
+
+def test_parameters_that_carry_axis_names_are_known_too():
+    values = nn.Partitioned(random((CHANNELS,)), ("channels",))
+    converted = convert_params({"scale": values, "bias": values}, source="flax", target="keras")
+    assert converted == {"gamma": values, "beta": values}
+
+
+@pytest.mark.parametrize("separator", [".", "/"])
+def test_joined_names_keep_what_stands_before(separator):
+    names = ("0.weight", "0.bias", "1.2.weight", "1.2.bias", "weight", "bias", "1.mean", "1.bias")
+    shapes = ((4, 3), (4,), *[(CHANNELS,)] * 6)
+    flat = {
+        name.replace(".", separator): random(shape)
+        for name, shape in zip(names, shapes, strict=True)
+    }
+    converted = convert_params(flat, source="torch", target="haiku")
+    wanted = (
+        "0.weight",
+        "0.bias",
+        "1.2.scale",
+        "1.2.offset",
+        "scale",
+        "offset",
+        "1.mean",
+        "1.bias",
+    )
+    assert list(converted) == [name.replace(".", separator) for name in wanted]
+
+
+def test_where_chooses_instead_of_the_rule():
+    tree = {
+        "blocks": [{"norm": {"bias": 1.0}, "linear": {"bias": 2.0}}],
+        "norm.0.bias": 3.0,
+        "linear.bias": 4.0,
+        "last": params_of("torch"),
+    }
+    seen = []
+
+    def where(path):
+        seen.append(path)
+        return "norm" in path or path == ("norm.0",)
+
+    converted = convert_params(tree, source="torch", target="keras", where=where)
+    assert converted == {
+        "blocks": [{"norm": {"beta": 1.0}, "linear": {"bias": 2.0}}],
+        "norm.0.beta": 3.0,
+        "linear.bias": 4.0,
+        "last": tree["last"],
+    }
+    assert sorted(seen, key=str) == sorted(
+        [("blocks", 0, "norm"), ("blocks", 0, "linear"), ("norm.0",), ("linear",), ("last",)],
+        key=str,
+    )
+
+
+def test_a_mapping_with_its_own_constructor_is_kept():
+    tree = collections.defaultdict(list, {"norm": params_of("jgn")})
+    converted = convert_params(tree, source="jgn", target="keras")
+    assert converted.default_factory is list
+    assert list(converted["norm"]) == ["gamma", "beta"]
+    assert list(tree["norm"]) == ["scale", "bias"]
+
+
+def test_a_state_dict_of_torchs_goes_there_and_back_with_its_versions():
+    torch = pytest.importorskip("torch")
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, CHANNELS, 3),
+        torch.nn.GroupNorm(GROUPS, CHANNELS),
+        torch.nn.BatchNorm2d(CHANNELS),
+        torch.nn.PReLU(CHANNELS),  # its weight looks like a normalization's
+    )
+    before = network.state_dict()
+    ours = convert_params(before, source="torch", target="jgn")
+    assert [name for name in ours if name not in before] == ["1.scale", "3.scale"]
+    chosen = convert_params(before, source="torch", target="jgn", where=lambda path: "1" in path)
+    assert [name for name in chosen if name not in before] == ["1.scale"]
+    after = convert_params(ours, source="jgn", target="torch")
+    assert list(after) == list(before)
+    assert all(after[name] is before[name] for name in before)
+    assert after._metadata == before._metadata
+    network.load_state_dict(after)
+
+
+@pytest.mark.parametrize("unknown", ["caffe", None, ["torch"]])
+@pytest.mark.parametrize("argument", ["source", "target"])
+def test_an_unknown_framework_is_named_with_the_known(argument, unknown):
+    arguments = {"source": "jgn", "target": "jgn", argument: unknown}
+    known = "jgn, flax, torch, lucid, equinox, haiku, keras"
+    message = re.escape(f"{argument} must be one of {known}: got {unknown!r}.")
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        convert_params({}, **arguments)
+
+
+# The real ones
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_torchs_module_and_its_layer_agree_with_their_gradients(dtype):
+    torch = pytest.importorskip("torch")
+    module = torch.nn.GroupNorm(GROUPS, CHANNELS, eps=1e-3)
+    with torch.no_grad():
+        module.weight.copy_(torch.from_numpy(random((CHANNELS,), 1)))
+        module.bias.copy_(torch.from_numpy(random((CHANNELS,), 2)))
+    module = module.to(getattr(torch, dtype))
+    x, cotangent = (random((2, CHANNELS, 5, 4), seed) for seed in (3, 4))
+    theirs = [torch.from_numpy(a).to(getattr(torch, dtype)) for a in (x, cotangent)]
+    theirs[0].requires_grad_()
+    y = module(theirs[0])
+    y.backward(theirs[1])
+
+    layer, variables = from_torch(module)
+    ours = [jnp.asarray(a, dtype) for a in (x, cotangent)]
+    y_of_ours, vjp = jax.vjp(layer.apply, variables, ours[0])
+    in_params, in_x = vjp(ours[1])
+    # One rounding of the results each, and sums of up to 40 · 2 terms of up to 10 in float32.
+    exact = 4 * jnp.finfo(dtype).eps
+    for actual, wanted in (
+        (y_of_ours, y),
+        (in_x, theirs[0].grad),
+        (in_params["params"]["scale"], module.weight.grad),
+        (in_params["params"]["bias"], module.bias.grad),
+    ):
+        assert actual.dtype == dtype
+        wanted = wanted.detach().double().numpy()
+        np.testing.assert_allclose(
+            wide(actual), wanted, rtol=exact, atol=float(exact) * np.abs(wanted).max()
+        )
+
+
+def test_a_whole_network_of_torchs_moves_over():
+    """Convolution, GroupNorm, ReLU, pooling and a linear layer: outputs and every gradient."""
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
-    network = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 8, 3, padding=1),
-        torch.nn.GroupNorm(4, 8),
-        torch.nn.ReLU(),
-        torch.nn.AdaptiveAvgPool2d(1),
-        torch.nn.Flatten(),
-        torch.nn.Linear(8, 5),
+    theirs = torch.nn.Sequential(
+        collections.OrderedDict(
+            conv_0=torch.nn.Conv2d(3, 8, 3, padding=1),
+            norm_0=torch.nn.GroupNorm(2, 8),
+            relu_0=torch.nn.ReLU(),
+            conv_1=torch.nn.Conv2d(8, CHANNELS, 3, padding=1),
+            norm_1=torch.nn.GroupNorm(GROUPS, CHANNELS, eps=1e-3),
+            relu_1=torch.nn.ReLU(),
+            pool=torch.nn.AdaptiveAvgPool2d(1),
+            flat=torch.nn.Flatten(),
+            head=torch.nn.Linear(CHANNELS, 5),
+        )
     )
-    x = random((2, 3, 6, 7))
-    cotangent = random((2, 5), 1)
-    x_torch = torch.tensor(x, requires_grad=True)
-    y_torch = network(x_torch)
-    y_torch.backward(torch.from_numpy(cotangent))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
 
-    def from_network(of):
-        state = {name: of(parameter) for name, parameter in network.named_parameters()}
-        return {
-            "Conv_0": {"kernel": state["0.weight"].transpose(2, 3, 1, 0), "bias": state["0.bias"]},
-            "norm": convert_params(
-                {"weight": state["1.weight"], "bias": state["1.bias"]},
-                source="torch",
-                target="flax",
-            ),
-            "Dense_0": {"kernel": state["5.weight"].T, "bias": state["5.bias"]},
-        }
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(8, (3, 3), name="conv_0")(x)
+            x = jgn.GroupNorm(2, activation=nn.relu, name="norm_0")(x)
+            x = nn.Conv(CHANNELS, (3, 3), name="conv_1")(x)
+            x = jgn.GroupNorm(GROUPS, epsilon=1e-3, activation=nn.relu, name="norm_1")(x)
+            return nn.Dense(5, name="head")(x.mean((1, 2)))
 
-    layer, _ = from_torch(network[1])
-    twin = Twin(layer.clone(channel_axis=-1))
-    params = from_network(lambda parameter: parameter.detach().numpy())
-    last = np.moveaxis(x, 1, -1)
-    y, vjp = jax.vjp(lambda params, x: twin.apply({"params": params}, x), params, last)
-    assert_close(y, y_torch.detach().numpy(), 84)
-    params_gradient, x_gradient = vjp(cotangent)
-    assert_close(np.moveaxis(x_gradient, -1, 1), x_torch.grad.numpy(), 84)
-    wanted = from_network(lambda parameter: parameter.grad.numpy())
-    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted))
-    for ours, theirs in zip(jax.tree.leaves(params_gradient), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance("float32", 84) * largest)
+    def to_flax(tensors):
+        """Renames the norms, and turns the kernels of the others around."""
+        flat = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
+        params = collections.defaultdict(dict)
+        for name, value in convert_params(flat, source="torch", target="flax").items():
+            layer, name = name.split(".")
+            if name == "weight":
+                name, value = "kernel", np.moveaxis(value, (0, 1), (-1, -2))
+            params[layer][name] = value
+        return dict(params)
+
+    x = random((4, 3, 9, 7))
+    labels = np.array([0, 3, 2, 4])
+    x_of_theirs = torch.from_numpy(x).requires_grad_()
+    logits = theirs(x_of_theirs)
+    torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels)).backward()
+
+    params = to_flax(dict(theirs.named_parameters()))
+    x_of_ours = np.moveaxis(x, 1, -1)
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        Network().init(jax.random.key(0), x_of_ours)["params"], params
+    )
+
+    def loss(params, x):
+        logits = Network().apply({"params": params}, x)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean(), logits
+
+    (in_params, in_x), ours = jax.grad(loss, (0, 1), has_aux=True)(params, x_of_ours)
+    wanted = to_flax({name: parameter.grad for name, parameter in theirs.named_parameters()})
+    chex.assert_trees_all_close(ours, logits.detach().numpy(), rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(in_params, wanted, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(
+        np.moveaxis(in_x, -1, 1), x_of_theirs.grad.numpy(), rtol=1e-4, atol=1e-6
+    )
 
 
-def test_haikus_parameters():
+def assert_jgn_agrees(theirs, x, params, **options):
+    ours = jgn.GroupNorm(GROUPS, **options).apply({"params": params}, x)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=20 * tolerance("float32", 80))
+
+
+def test_haikus_parameters_move_over_and_back():
     hk = pytest.importorskip("haiku")
-    x = random((2, 5, 8))
-    function = hk.without_apply_rng(hk.transform(lambda x: hk.GroupNorm(4)(x)))
-    params = {"group_norm": {"scale": SCALE, "offset": BIAS}}
-    assert jax.tree.map(np.shape, function.init(jax.random.key(0), x)) == jax.tree.map(
-        np.shape, params
+    x = random((2, 5, 4, CHANNELS))
+    network = hk.without_apply_rng(hk.transform(lambda x: hk.GroupNorm(GROUPS)(hk.Linear(12)(x))))
+    theirs = network.init(jax.random.key(0), x)
+    theirs["group_norm"] = params_of("haiku")
+    ours = convert_params(theirs, source="haiku", target="jgn")
+    assert_jgn_agrees(
+        network.apply(theirs, x),
+        x @ theirs["linear"]["w"] + theirs["linear"]["b"],
+        ours["group_norm"],
     )
-    converted = convert_params(params, source="haiku", target="jgn")
-    y = jgn.GroupNorm(4).apply({"params": converted["group_norm"]}, x)
-    assert_close(y, function.apply(params, x), 10)
+    chex.assert_trees_all_equal(convert_params(ours, source="jgn", target="haiku"), theirs)
 
 
-def test_equinoxs_parameters():
+def test_equinoxs_parameters_move_over_and_back():
     eqx = pytest.importorskip("equinox")
-    module = eqx.nn.GroupNorm(4, 8)
-    module = eqx.tree_at(lambda m: (m.weight, m.bias), module, (jnp.array(SCALE), jnp.array(BIAS)))
-    params = convert_params(
-        {"weight": module.weight, "bias": module.bias}, source="equinox", target="jgn"
+    x = random((CHANNELS, 5, 4))
+    weight, bias = map(jnp.asarray, params_of("equinox").values())
+    where = lambda module: (module.weight, module.bias)  # noqa: E731
+    theirs = eqx.tree_at(where, eqx.nn.GroupNorm(GROUPS, CHANNELS), (weight, bias))
+    fields = {"weight": theirs.weight, "bias": theirs.bias}
+    ours = convert_params(fields, source="equinox", target="jgn")
+    assert_jgn_agrees(theirs(x), x, ours, channel_axis=0)
+    back = convert_params(ours, source="jgn", target="equinox")
+    chex.assert_trees_all_equal(
+        eqx.tree_at(where, theirs, (back["weight"], back["bias"]))(x), theirs(x)
     )
-    x = random((2, 8, 5))
-    y = jgn.GroupNorm(4, channel_axis=1).apply({"params": params}, x)
-    with jax.numpy_dtype_promotion("standard"):
-        assert_close(y, jax.vmap(module)(x), 10)
+
+
+def test_kerass_variables_move_over_and_back(monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    keras = pytest.importorskip("keras")
+    x = random((2, 5, 4, CHANNELS))
+    theirs = keras.layers.GroupNormalization(GROUPS)
+    theirs.build(x.shape)
+    theirs.set_weights(list(params_of("keras").values()))
+    variables = {variable.path: np.asarray(variable.value) for variable in theirs.variables}
+    ours = convert_params(variables, source="keras", target="jgn")
+    params = {name.rpartition("/")[2]: value for name, value in ours.items()}
+    assert_jgn_agrees(theirs(x), x, params, epsilon=1e-3)
+    back = convert_params(ours, source="jgn", target="keras")
+    chex.assert_trees_all_equal(back, variables)
