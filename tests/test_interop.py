@@ -444,6 +444,12 @@ def test_where_chooses_instead_of_the_rule():
     )
 
 
+def test_modules_that_are_called_like_parameters_are_none():
+    tree = {"weight": {"kernel": 1.0}, "bias": [{"bias": 2.0}]}
+    converted = convert_params(tree, source="torch", target="keras", where=lambda path: True)
+    assert converted == {"weight": {"kernel": 1.0}, "bias": [{"beta": 2.0}]}
+
+
 def test_a_mapping_with_its_own_constructor_is_kept():
     tree = collections.defaultdict(list, {"norm": params_of("jgn")})
     converted = convert_params(tree, source="jgn", target="keras")

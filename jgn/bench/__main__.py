@@ -2,22 +2,44 @@
 
 import argparse
 import contextlib
+import importlib.util
 import json
+import math
 import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jgn.bench import report as reporting
-from jgn.bench.contenders import FLOORS, PEERS, is_installed, versions
+from jgn.bench.contenders import (
+    COMPILED,
+    FLOORS,
+    PACKAGES,
+    PEERS,
+    is_installed,
+    processor,
+    versions,
+)
 from jgn.bench.workloads import WORKLOADS, Workload
 
-# Freed arrays stay with the process: fresh ones cost a page fault every 4 KiB, whoever asks.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+SETTINGS = {
+    # Freed arrays stay with the process: fresh ones cost a page fault every 4 KiB, whoever asks.
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TRIM_THRESHOLD_": str(2**33),
+    # One GPU's memory is for all the processes.
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    # Else the second run's compile times would be those of reading a file.
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+}
+# On a busy CPU, torch's threads else share one core, and wait for each other by spinning: calls of
+# 0.1 ms were seen to take 4 to 20 ms, for whole runs.
+TORCH_SETTINGS = {"OMP_PROC_BIND": "true"}
 # How long one contender has a turn, in seconds.
 TURN = 0.05
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 class WorkerError(Exception):
@@ -27,18 +49,31 @@ class WorkerError(Exception):
 class Worker:
     """The process of one contender. All processes live on, but only one at a time works."""
 
-    def __init__(self, contender: str):
+    def __init__(self, contender: str, settings: dict[str, str]):
         self.contender = contender
+        self._settings = settings
+        self._start()
+
+    def _start(self) -> None:
+        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-m", "jgn.bench.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._errors,
             text=True,
-            env={**os.environ, **ALLOCATOR, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+            env={**os.environ, **self._settings},
         )
 
+    def prepare(self, workload: Workload, **options: Any) -> Any:
+        """Gives the process a workload; another process, if the last one ended."""
+        if self._process.poll() is not None:
+            self.close()
+            self._start()
+        return self.ask(prepare=workload, contender=self.contender, **options)
+
     def ask(self, **request: Any) -> Any:
+        """The answer to one request, as `jgn.bench.worker.answer` gives it."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -47,42 +82,80 @@ class Worker:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise WorkerError(f"its process ended with status {self._process.wait()}")
+            raise WorkerError(self._last_words())
         reply = json.loads(line)
         if "error" in reply:
             raise WorkerError(reply["error"])
         return reply["answer"]
 
+    def _last_words(self) -> str:
+        status = self._process.wait()
+        self._errors.seek(0)
+        lines = [line for line in self._errors.read().splitlines() if line.strip()]
+        return ": ".join([f"its process ended with status {status}", *lines[-1:]])
+
     def close(self) -> None:
         self._process.kill()
         self._process.communicate()
+        self._errors.close()
 
 
 def compare(
-    workloads: Sequence[Workload], dtypes: Sequence[str], peers: Sequence[str], rounds: int
+    workloads: Sequence[Workload],
+    dtypes: Sequence[str],
+    peers: Sequence[str] | None,
+    rounds: int,
 ) -> dict[str, Any]:
-    """Times jgn and its peers, in alternation, and returns what `--json` writes."""
+    """Times jgn and its peers, in alternation, and returns what `--json` writes.
+
+    Args:
+        workloads: What to time.
+        dtypes: Of x, each for all workloads.
+        peers: Contenders beside jgn. None: all that are installed; compiled torch on a GPU only,
+            as on a CPU it needs a C++ compiler and gains nothing.
+        rounds: How many turns of `TURN` seconds each call of each contender has.
+
+    Raises:
+        WorkerError: JAX finds no device. A contender that fails is noted in the report instead.
+    """
     from tqdm import tqdm
 
     failed: dict[str, str] = {}
     results = []
     with contextlib.ExitStack() as stack:
-        workers = [Worker(name) for name in ("floor", "jgn", *peers)]
-        for worker in workers:
-            stack.callback(worker.close)
-        device = workers[0].ask(device="")
+
+        def worker(name: str) -> Worker:
+            is_bound = PACKAGES.get(name) == "torch" and environment["platform"] == "cpu"
+            started = Worker(name, {**SETTINGS, **(TORCH_SETTINGS if is_bound else {})})
+            stack.callback(started.close)
+            return started
+
+        floor = worker("floor")
+        environment = floor.ask(device="")
+        if peers is None:
+            excluded = (COMPILED,) if environment["platform"] == "cpu" else ()
+            peers = [name for name in PEERS if is_installed(name) and name not in excluded]
+        workers = [floor, *(worker(name) for name in ("jgn", *peers))]
         pairs = [(workload, dtype) for dtype in dtypes for workload in workloads]
         with tqdm(total=len(pairs) * (rounds + 1), disable=not sys.stderr.isatty()) as progress:
             for workload, dtype in pairs:
                 progress.set_description(f"{workload.name}, {dtype}")
-                for _ in _measure(workload, dtype, workers, rounds, failed, results):
+                options = {"dtype": dtype, "platform": environment["platform"]}
+                for _ in _measure(workload, options, workers, rounds, failed, results):
                     progress.update()
-    environment = {"device": device, "cores": os.cpu_count(), **versions(), **ALLOCATOR}
     return {
-        "environment": environment,
+        "environment": {
+            **environment,
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            **versions(),
+            **SETTINGS,
+            **{f"{name} (torch on a CPU)": value for name, value in TORCH_SETTINGS.items()},
+        },
         "rounds": rounds,
+        "turn_seconds": TURN,
         "peers": list(peers),
-        "absent": [name for name in PEERS if not is_installed(name) and "-" not in name],
+        "absent": [name for name in PEERS if PACKAGES[name] == name and not is_installed(name)],
         "failed": failed,
         "results": results,
     }
@@ -90,36 +163,45 @@ def compare(
 
 def _measure(
     workload: Workload,
-    dtype: str,
+    options: dict[str, str],
     workers: Sequence[Worker],
     rounds: int,
     failed: dict[str, str],
     results: list[dict[str, Any]],
 ) -> Iterator[None]:
-    """Appends one workload's result, and yields after its preparation and after every round."""
-    facts, times = {}, {}
+    """Appends one workload's result, and yields after its preparation and after every round.
+
+    Whoever fails leaves no time behind, and sits out until the next workload.
+    """
+    dtype = options["dtype"]
+    facts: dict[str, dict[str, Any]] = {}
+    times: dict[str, dict[str, list[float]]] = {}
+
+    @contextlib.contextmanager
+    def noted(contender: str) -> Iterator[None]:
+        try:
+            yield
+        except WorkerError as error:
+            failed[f"{contender}, {workload.name}, {dtype}"] = str(error)
+            facts.pop(contender, None)
+
     for seed, worker in enumerate(workers):
-        with _noted(failed, f"{worker.contender}, {workload.name}, {dtype}"):
-            facts[worker.contender] = worker.ask(
-                prepare=workload, contender=worker.contender, dtype=dtype, seed=seed
-            )
+        with noted(worker.contender):
+            facts[worker.contender] = worker.prepare(workload, seed=seed, **options)
+            calls = FLOORS if worker.contender == "floor" else (reporting.FORWARD, reporting.BOTH)
+            times[worker.contender] = {call: [] for call in calls}
     yield
     for _ in range(rounds):
         for worker in workers:
-            calls = FLOORS if worker.contender == "floor" else (reporting.FORWARD, reporting.BOTH)
-            for call in calls if worker.contender in facts else ():
-                with _noted(failed, f"{worker.contender}, {workload.name}, {dtype}"):
-                    measured = worker.ask(time=call, seconds=TURN)
-                    times.setdefault(worker.contender, {}).setdefault(call, []).extend(measured)
+            if worker.contender in facts:
+                with noted(worker.contender):
+                    for call, measured in times[worker.contender].items():
+                        measured += worker.ask(time=call, seconds=TURN)
         yield
     summaries = {
-        name: {call: reporting.summary(seconds) for call, seconds in calls.items()}
-        for name, calls in times.items()
+        name: {call: reporting.summary(measured) for call, measured in times[name].items()}
+        for name in facts
     }
-    item_bytes = 4 if dtype == "float32" else 2
-    x_bytes = item_bytes
-    for size in workload.shape:
-        x_bytes *= size
     results.append(
         {
             "workload": workload.name,
@@ -128,31 +210,23 @@ def _measure(
             "num_groups": workload.num_groups,
             "channel_axis": workload.channel_axis,
             "dtype": dtype,
-            "x_bytes": x_bytes,
+            "x_bytes": ITEM_BYTES[dtype] * math.prod(workload.shape),
             "floor": summaries.pop("floor", {}),
             "contenders": {name: {**facts[name], **calls} for name, calls in summaries.items()},
         }
     )
 
 
-@contextlib.contextmanager
-def _noted(failed: dict[str, str], what: str) -> Iterator[None]:
-    try:
-        yield
-    except WorkerError as error:
-        failed[what] = str(error)
-
-
 def _parser() -> argparse.ArgumentParser:
-    names = ", ".join(workload.name for workload in WORKLOADS)
     parser = argparse.ArgumentParser(
         prog="python -m jgn.bench",
         description="Compares jgn with the other implementations of group normalization that are "
-        "installed, on this machine's device. Times are of compiled calls, best of many.",
+        "installed, on this machine's device. Ratios are of the best times of compiled calls.",
     )
     add = parser.add_argument
-    add("--workloads", nargs="+", metavar="NAME", help=f"all, unless named: {names}")
-    add("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
+    add("--list", action="store_true", help="lists the workloads, and measures nothing")
+    add("--workloads", nargs="+", metavar="NAME", help="all, unless named; see --list")
+    add("--dtype", nargs="+", choices=tuple(ITEM_BYTES), default=["float32"], help="(float32)")
     add("--peers", nargs="+", choices=PEERS, help="all that are installed, unless named")
     add("--rounds", type=int, default=10, help="turns of each contender (10)")
     add("--json", type=pathlib.Path, metavar="FILE", help="writes everything measured")
@@ -160,35 +234,72 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures, prints the table, and returns the exit status."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    by_name = {workload.name: workload for workload in WORKLOADS}
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends the program, with the reason, if an option cannot be followed."""
+    names = [workload.name for workload in WORKLOADS]
     for name in options.workloads or ():
-        if name not in by_name:
-            parser.error(f"no workload is named {name!r}; there are {', '.join(by_name)}.")
+        if name not in names:
+            parser.error(f"no workload is named {name!r}; there are {', '.join(names)}.")
     for name in options.peers or ():
         if not is_installed(name):
-            parser.error(f"{name} is not installed.")
+            parser.error(f"{name} is not installed: the package {PACKAGES[name]!r} is missing.")
     if options.rounds < 1:
         parser.error(f"--rounds must be 1 or more: got {options.rounds}.")
     for file in filter(None, (options.json, options.plot)):
-        if not file.absolute().parent.is_dir():
-            parser.error(f"there is no directory {file.absolute().parent} for {file.name}.")
-    kind = options.plot.suffix[1:] if options.plot else ""
-    if options.plot and kind not in ("png", "svg", "pdf"):
+        directory = file.absolute().parent
+        if not directory.is_dir():
+            parser.error(f"there is no directory {directory} for {file.name}.")
+        if file.is_dir() or not os.access(directory, os.W_OK):
+            parser.error(f"{file} cannot be written.")
+    if options.plot and _kind(options.plot) not in ("png", "svg", "pdf"):
         parser.error(f"--plot must end in .png, .svg or .pdf: got {options.plot.name}.")
+    for package in ("tqdm", "matplotlib") if options.plot else ("tqdm",):
+        if importlib.util.find_spec(package) is None:
+            parser.error(f"{package} is not installed; pip install 'jgn[bench]' brings it.")
 
-    # Compiling torch's function pays on a GPU only; on a CPU it needs a C++ compiler.
-    peers = options.peers or [name for name in PEERS if is_installed(name) and "-" not in name]
-    workloads = [by_name[name] for name in options.workloads or by_name]
-    report = compare(workloads, options.dtype, peers, options.rounds)
+
+def _kind(picture: pathlib.Path) -> str:
+    return picture.suffix[1:].lower()
+
+
+def _write(file: pathlib.Path, content: bytes) -> None:
+    """Writes a file as a whole or not at all."""
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        unfinished.write_bytes(content)
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures, prints the tables, and returns the exit status: 1 if a contender failed."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.list:
+        print(reporting.listing(WORKLOADS))
+        return 0
+    _check(parser, options)
+    chosen = options.workloads or [workload.name for workload in WORKLOADS]
+    try:
+        report = compare(
+            [workload for workload in WORKLOADS if workload.name in chosen],
+            list(dict.fromkeys(options.dtype)),
+            options.peers and list(dict.fromkeys(options.peers)),
+            options.rounds,
+        )
+    except WorkerError as error:
+        parser.exit(1, f"JAX finds no device: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\nStopped; nothing is written.\n")
     print(reporting.table(report))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-    if options.plot:
-        options.plot.write_bytes(reporting.chart(report, kind))
+    try:
+        if options.json:
+            _write(options.json, (json.dumps(report, indent=1) + "\n").encode())
+        if options.plot:
+            _write(options.plot, reporting.chart(report, _kind(options.plot)))
+    except OSError as error:
+        parser.exit(1, f"cannot write: {error}\n")
     return 1 if report["failed"] else 0
 
 

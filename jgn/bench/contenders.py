@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import importlib.util
+import pathlib
 import platform
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from jgn.bench.workloads import Workload
 
 EPSILON = 1e-5
 FORWARD, BOTH = "forward", "forward and backward"
+COMPILED = "torch-compiled"
 FLOORS = ("copy", "sum", "sum of squares", "multiply-add")
 
 # The package that each contender needs.
@@ -25,7 +27,7 @@ PACKAGES = {
     "haiku": "haiku",
     "equinox": "equinox",
     "torch": "torch",
-    "torch-compiled": "torch",
+    COMPILED: "torch",
 }
 PEERS = tuple(name for name in PACKAGES if name != "jgn")
 
@@ -36,7 +38,7 @@ class Contender(Protocol):
     calls: dict[str, Callable[[], Any]]
 
     def output(self) -> np.ndarray: ...
-    def facts(self) -> dict[str, float]: ...
+    def facts(self) -> dict[str, Any]: ...
 
 
 def is_installed(name: str) -> bool:
@@ -44,12 +46,12 @@ def is_installed(name: str) -> bool:
     return importlib.util.find_spec(PACKAGES[name]) is not None
 
 
-def make(name: str, workload: Workload, dtype: str, seed: int) -> Contender:
-    """The contender of this name, its inputs on the device."""
+def make(name: str, workload: Workload, dtype: str, seed: int, platform: str) -> Contender:
+    """The contender of this name, its inputs on JAX's device, whose platform is given."""
     if name == "floor":
         return Floor(workload, dtype, seed)
     if name.startswith("torch"):
-        return Torch(workload, dtype, seed, compiled=name == "torch-compiled")
+        return Torch(workload, dtype, seed, platform, compiled=name == COMPILED)
     return Jax(name, workload, dtype, seed)
 
 
@@ -171,12 +173,16 @@ class Jax:
         _, gradients = self._both(*self._inputs, self._cotangent)
         return [np.asarray(gradient, np.float32) for gradient in gradients]
 
-    def facts(self) -> dict[str, float]:
+    def facts(self) -> dict[str, Any]:
+        """How long forward and backward took to trace and compile, the temporary memory of both
+        programs in bytes, and what is kept for the backward pass, relative to x's bytes."""
         x = self._inputs[0]
-        memory: Any = self._both.memory_analysis()
+        forward: Any = self._forward.memory_analysis()
+        both: Any = self._both.memory_analysis()
         return {
             "compile_seconds": self._compile_seconds,
-            "temporary_bytes": memory.temp_size_in_bytes,
+            "forward_temporary_bytes": forward.temp_size_in_bytes,
+            "temporary_bytes": both.temp_size_in_bytes,
             "kept": bytes_kept(self._normalized, *self._inputs) / x.nbytes,
             "kept_with_silu": bytes_kept(self._with_silu, *self._inputs) / x.nbytes,
         }
@@ -191,63 +197,67 @@ def bytes_kept(function: Callable[..., Any], *arguments: Any) -> int:
 
 
 class Torch:
-    """torch.nn.functional.group_norm, in whichever of its memory layouts trains faster."""
+    """torch.nn.functional.group_norm, each call in whichever memory layout makes it faster."""
 
-    def __init__(self, workload: Workload, dtype: str, seed: int, compiled: bool):
+    def __init__(self, workload: Workload, dtype: str, seed: int, platform: str, compiled: bool):
         self._torch = torch = importlib.import_module("torch")
+        if platform != "cpu" and not torch.cuda.is_available():
+            raise RuntimeError(f"torch must have JAX's device, a {platform}: it has a CPU only.")
+        self._device = "cpu" if platform == "cpu" else "cuda"
         self._workload = workload
-        self._x: Any
-        self._cotangent: Any
+        self._group_norm = torch.nn.functional.group_norm
+        if compiled:
+            # Else, after a few shapes, torch stops compiling and runs the function as it is.
+            torch.compiler.reset()
+            self._group_norm = torch.compile(self._group_norm, dynamic=False)
+
         x, scale, bias, cotangent = workload.inputs(seed)
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
         kind = getattr(torch, dtype)
         self._scale, self._bias = (
             # Its CUDA kernels want parameters of x's dtype.
             torch.tensor(
                 value,
-                dtype=kind if self._device == "cuda" else torch.float32,
+                dtype=torch.float32 if platform == "cpu" else kind,
                 device=self._device,
                 requires_grad=True,
             )
             for value in (scale, bias)
         )
-        function = torch.compile(torch.nn.functional.group_norm) if compiled else None
-        self._group_norm = function or torch.nn.functional.group_norm
-        formats = [torch.contiguous_format]
-        if x.ndim in (4, 5):
-            formats.append(torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
 
-        def tensor(value, memory_format):
+        def tensor(value, layout):
             first = np.ascontiguousarray(np.moveaxis(value, workload.channel_axis, 1))
             on_device = torch.from_numpy(first).to(self._device, kind)
-            return on_device.contiguous(memory_format=memory_format)
+            return on_device.contiguous(memory_format=getattr(torch, layout))
 
-        def take(memory_format):
-            self._x = tensor(x, memory_format).requires_grad_()
-            self._cotangent = tensor(cotangent, memory_format)
+        layouts = ["contiguous_format"]
+        layouts += {4: ["channels_last"], 5: ["channels_last_3d"]}.get(x.ndim, [])
+        tensors = {
+            layout: (tensor(x, layout).requires_grad_(), tensor(cotangent, layout))
+            for layout in layouts
+        }
 
-        def best_of_five(memory_format):
-            take(memory_format)
-            self._both()
-            return min(_seconds(self._both) for _ in range(5))
+        def fastest(call):
+            return min(tensors, key=lambda layout: min(times(lambda: call(*tensors[layout]), 0.05)))
 
-        take(min(formats, key=best_of_five))
-        self.calls = {FORWARD: self._forward_without_gradient, BOTH: self._both}
+        self._layouts = {FORWARD: fastest(self._forward), BOTH: fastest(self._both)}
+        for_forward, self._for_both = (tensors[layout] for layout in self._layouts.values())
+        self.calls = {
+            FORWARD: lambda: self._forward(*for_forward),
+            BOTH: lambda: self._both(*self._for_both),
+        }
 
-    def _forward(self):
-        return self._group_norm(
-            self._x, self._workload.num_groups, self._scale, self._bias, EPSILON
-        )
+    def _normalized(self, x):
+        return self._group_norm(x, self._workload.num_groups, self._scale, self._bias, EPSILON)
 
-    def _forward_without_gradient(self):
+    def _forward(self, x, _):
         with self._torch.no_grad():
-            y = self._forward()
+            y = self._normalized(x)
         self._synchronize()
         return y
 
-    def _both(self):
-        self._x.grad = self._scale.grad = self._bias.grad = None
-        self._forward().backward(self._cotangent)
+    def _both(self, x, cotangent):
+        x.grad = self._scale.grad = self._bias.grad = None
+        self._normalized(x).backward(cotangent)
         self._synchronize()
 
     def _synchronize(self):
@@ -255,17 +265,18 @@ class Torch:
             self._torch.cuda.synchronize()
 
     def output(self) -> np.ndarray:
-        y = self._forward_without_gradient().float().cpu().numpy()
+        y = self.calls[FORWARD]().float().cpu().numpy()
         return np.moveaxis(y, 1, self._workload.channel_axis)
 
     def gradients(self) -> list[np.ndarray]:
         """Those of x, scale and bias."""
-        self._both()
-        x, scale, bias = (p.grad.float().cpu().numpy() for p in (self._x, self._scale, self._bias))
+        self.calls[BOTH]()
+        leaves = (self._for_both[0], self._scale, self._bias)
+        x, scale, bias = (leaf.grad.float().cpu().numpy() for leaf in leaves)
         return [np.moveaxis(x, 1, self._workload.channel_axis), scale, bias]
 
-    def facts(self) -> dict[str, float]:
-        return {}
+    def facts(self) -> dict[str, Any]:
+        return {"layouts": self._layouts}
 
 
 class Floor:
@@ -305,17 +316,29 @@ class Floor:
     def output(self) -> np.ndarray:
         return np.asarray(self._x, np.float32)
 
-    def facts(self) -> dict[str, float]:
+    def facts(self) -> dict[str, Any]:
         return {}
 
 
 def times(call: Callable[[], Any], seconds: float) -> list[float]:
-    """How long each of the calls took that fit into so many seconds; three at least."""
+    """How long each of the calls took that fit into so many seconds; three at least.
+
+    One more call goes first, uncounted: another process had the caches and the cores until now.
+    """
+    call()
     measured = []
     start = time.perf_counter()
     while len(measured) < 3 or time.perf_counter() - start < seconds:
         measured.append(_seconds(call))
     return measured
+
+
+def processor() -> str:
+    """The processor's name where Linux tells it, or else its architecture."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith("model name")).split(": ", 1)[1]
+    return platform.machine()
 
 
 def versions() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The process of one contender: a request a line on its input, an answer a line on its output."""
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -13,16 +14,16 @@ from jgn.bench.workloads import Workload
 def answer(request: dict[str, Any], state: dict[str, Any]) -> Any:
     """Prepares a workload, or times one of its calls; `state` holds what is prepared."""
     match request:
-        case {"prepare": workload, "contender": name, "dtype": dtype, "seed": seed}:
+        case {"prepare": fields, "contender": name, **options}:
             state.clear()
-            workload = Workload(*workload)._replace(shape=tuple(workload[2]))
-            contender = state["contender"] = contenders.make(name, workload, dtype, seed)
+            workload = Workload(*fields)._replace(shape=tuple(fields[2]))
+            contender = state["contender"] = contenders.make(name, workload, **options)
             for call in contender.calls.values():
                 contenders.times(call, 0)
             if name == "floor":
                 return {}
-            x, scale, bias, _ = workload.inputs(seed)
-            wanted = contenders.reference(x.astype(dtype), scale, bias, workload)
+            x, scale, bias, _ = workload.inputs(options["seed"])
+            wanted = contenders.reference(x.astype(options["dtype"]), scale, bias, workload)
             error = np.abs(contender.output() - wanted).max() / np.abs(wanted).max()
             return {**contender.facts(), "error": float(error)}
         case {"time": call, "seconds": seconds}:
@@ -30,13 +31,16 @@ def answer(request: dict[str, Any], state: dict[str, Any]) -> Any:
         case {"device": _}:
             import jax
 
-            return jax.devices()[0].device_kind
+            device = jax.devices()[0]
+            return {"platform": device.platform, "device": device.device_kind}
     raise ValueError(f"unknown request: {request}")
 
 
 def main() -> None:
+    # Whatever else prints, compilers included, stays out of the answers.
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     state = {}
-    replies, sys.stdout = sys.stdout, sys.stderr  # Whatever else prints stays out of the answers.
     for line in sys.stdin:
         try:
             reply = {"answer": answer(json.loads(line), state)}

@@ -57,6 +57,7 @@ WORKLOADS = (
     Workload("segmentation", "a 3-D segmentation UNet", (1, 32, 64, 64, 32), 8),
     Workload("audio", "wav2vec 2.0's front end, a group a channel", (8, 1024, 512), 512),
     Workload("pyramid-3", "a detector's feature pyramid, level 3", (2, 100, 128, 256), 32),
+    Workload("pyramid-4", "a detector's feature pyramid, level 4", (2, 50, 64, 256), 32),
     Workload("pyramid-5", "a detector's feature pyramid, level 5", (2, 25, 32, 256), 32),
     Workload("one-group", "layer normalization over channels and positions", (8, 28, 28, 512), 1),
 )
