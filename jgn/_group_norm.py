@@ -1,5 +1,7 @@
 """Group normalization as a pure function: axes → moments → coefficients → output."""
 
+from __future__ import annotations
+
 import functools
 import math
 import operator
@@ -32,59 +34,69 @@ def group_norm(
     activation: Callable[[Array], Array] | None = None,
     dtype: DTypeLike | None = None,
 ) -> Num[Array, "*shape"]:
-    """Normalizes each group of channels of each sample to zero mean and unit variance.
+    """Normalizes each group of each sample to zero mean and unit variance.
 
-    With the mean μ and the biased variance σ² over one sample's one group, its channels and all
-    its positions,
+    With the mean μ and the biased variance σ² over one sample's one group,
+    its channels and all its positions,
 
         y = scale · (x − μ) / √(σ² + epsilon) + bias
 
-    `num_groups=1` is layer normalization over the channels and all positions, and `num_groups`
-    equal to the channels is instance normalization. The statistics come from x in training and
-    evaluation alike. Derivatives of every order, forward and reverse, come from JAX; for the
-    backward pass only x and a few numbers a group are kept, with an activation too.
+    `num_groups=1` is layer normalization over the channels and all
+    positions, and `num_groups` equal to the channels is instance
+    normalization. The statistics come from x in training and evaluation
+    alike. Derivatives of every order, forward and reverse, come from JAX;
+    for the backward pass only x and a few numbers a group are kept, with an
+    activation too.
 
     Args:
-        x: Any shape of rank 1 or more, by default (batch, *spatial, channels). float16, bfloat16,
-            float32, float64, complex64 or complex128; integers and booleans become what `jnp.mean`
-            makes of them. Moments are computed in float32 at least.
-        num_groups: How many groups of contiguous channels to form; it divides the channels.
-        scale: Factor of each channel, (channels,), or of each sample's channels, (*batch,
-            channels). None: 1.
+        x: Any shape of rank 1 or more, by default (batch, *spatial,
+            channels). float16, bfloat16, float32, float64, complex64 or
+            complex128; integers and booleans become what `jnp.mean` makes of
+            them. Moments are computed in float32 at least.
+        num_groups: How many groups of contiguous channels to form; it
+            divides the channels.
+        scale: Factor of each channel, (channels,), or of each sample's
+            channels, (*batch, channels). None: 1.
         bias: Offset of each channel, of the same shapes. None: 0.
-        epsilon: Added to the variance, in x's units squared. Note that flax's default is 1e-6.
-        channel_axis: The axis of the channels. 0 means that there is no batch axis, unless
-            `reduction_axes` says otherwise.
-        reduction_axes: The axes to reduce, the channel axis among them; all others are batch axes.
-            None: all but axis 0.
-        mask: Broadcastable to x; True counts toward the moments. All positions are normalized.
-            Where it is False, x may hold anything: a value that is not finite is read as 0. A
-            group without any True has mean 0 and variance 0.
-        axis_name: Mapped axes, as in `jax.lax.psum`, over which the moments are shared, weighted
-            by how many elements each shard counts.
-        axis_index_groups: Which indices along `axis_name` share moments, as in `jax.lax.psum`.
-        activation: An elementwise function such as `jax.nn.silu`, applied to y before it is
-            rounded to the output's dtype.
+        epsilon: Added to the variance, in x's units squared. Note that
+            flax's default is 1e-6.
+        channel_axis: The axis of the channels. 0 means that there is no
+            batch axis, unless `reduction_axes` says otherwise.
+        reduction_axes: The axes to reduce, the channel axis among them; all
+            others are batch axes. None: all but axis 0.
+        mask: Broadcastable to x; True counts toward the moments. All
+            positions are normalized. Where it is False, x may hold anything:
+            a value that is not finite is read as 0. A group without any True
+            has mean 0 and variance 0.
+        axis_name: Mapped axes, as in `jax.lax.psum`, over which the moments
+            are shared, weighted by how many elements each shard counts.
+        axis_index_groups: Which indices along `axis_name` share moments, as
+            in `jax.lax.psum`.
+        activation: An elementwise function such as `jax.nn.silu`, applied to
+            y before it is rounded to the output's dtype.
         dtype: The dtype of the output. None: that of x, once promoted.
 
     Returns:
-        y, of x's shape. A group of equal elements, or of one, gives bias exactly. A NaN or an
-        infinity reaches its own sample's own group only.
+        y, of x's shape. A group of equal elements, or of one, gives bias
+        exactly. A NaN or an infinity reaches its own sample's own group
+        only.
 
     Raises:
-        ValueError: `num_groups` does not divide the channels; an axis is out of range, repeated or
-            missing; scale, bias or mask has another shape; epsilon is negative.
-        TypeError: x, scale, bias, mask or dtype has an unusable dtype; a count or an axis is not
-            an integer; activation is not callable.
+        ValueError: `num_groups` does not divide the channels; an axis is out
+            of range, repeated or missing; scale, bias or mask has another
+            shape; epsilon is negative.
+        TypeError: x, scale, bias, mask or dtype has an unusable dtype; a
+            count or an axis is not an integer; activation is not callable.
 
     Example:
         >>> import jax.numpy as jnp, jgn
-        >>> x = jnp.array([[1., 3., 10., 30.]])          # one sample, four channels
-        >>> jgn.group_norm(x, num_groups=2).round(3)     # (1, 3) and (10, 30)
+        >>> x = jnp.array([[1., 3., 10., 30.]])      # one sample, 4 channels
+        >>> jgn.group_norm(x, num_groups=2).round(3)  # (1, 3) and (10, 30)
         Array([[-1.,  1., -1.,  1.]], dtype=float32)
 
     References:
-        Wu and He, Group Normalization, 2018, https://arxiv.org/abs/1803.08494
+        Wu and He, Group Normalization, 2018,
+        https://arxiv.org/abs/1803.08494
     """
     x = as_numbers(x, "x")
     axes = resolve_axes(x.ndim, channel_axis, reduction_axes)
