@@ -12,19 +12,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jgn._axes import Axes
 
-# One in so many positions is the first alone, or a few in arrays beyond all memory.
-EVERY = 2**30
-
 
 class Groups:
     """The groups of x: arrays of x's shape are reduced to one value a group, and spread again.
 
-    x itself is only ever reduced along its own axes. With several groups of several channels, what
-    that leaves, one value a channel, is combined by a product with a matrix of two columns, ones
-    and zeros, which puts each group's value in the first of two places; spreading is the product
-    with its transpose. XLA:CPU would fuse a plain broadcast, which is also the transpose of a plain
-    sum, into the loop over x: an integer division of the channel index for each element, dearer
-    than the rest of the loop. A product of inner size 2 it does not fuse.
+    x itself is only ever reduced along its own spatial axes. What that leaves, one value a channel,
+    is combined by a product with a matrix of two columns, ones and zeros, whose first column is
+    each group's sum; spreading is the product with its transpose. XLA:CPU would fuse a plain
+    broadcast, which is also the transpose of a plain sum, into the loop over x: an integer division
+    of the channel index for each element, dearer than the rest of the loop. A product of inner
+    size 2 it does not fuse.
     """
 
     def __init__(self, x: Array, axes: Axes, num_groups: int):
@@ -32,21 +29,13 @@ class Groups:
         self._axes = axes
         self._num_groups = num_groups
         self._size = channels // num_groups
-        self._combines_channels = 1 < num_groups < channels
-        self._reduced = axes.spatial if num_groups > 1 else (*axes.spatial, axes.channel)
+        self._combines_channels = num_groups < channels
         sharding = jax.typeof(x).sharding
         self._channel_sharding = sharding.spec[axes.channel]
         self._span_devices = num_groups % _partitions(sharding, axes.channel) != 0
 
     def sum(self, x: Array) -> Array:
-        return self._sum_of_channels(x.sum(self._reduced, keepdims=True))
-
-    def max(self, x: Array) -> Array:
-        largest = x.max(self._reduced, keepdims=True)
-        if not self._combines_channels:
-            return largest
-        largest = self._split(largest).max(axis=-1, keepdims=True)
-        return jnp.concatenate([largest, jnp.zeros_like(largest)], axis=-1)
+        return self._sum_of_channels(x.sum(self._axes.spatial, keepdims=True))
 
     def count(self, x: Array, mask: Array | None) -> Array:
         """How many elements count: one number for all groups, or with a mask one value a group."""
@@ -54,16 +43,17 @@ class Groups:
         if mask is None:
             positions = math.prod(x.shape[axis] for axis in self._axes.spatial)
             return jnp.asarray(positions * self._size, real)
-        repeats = math.prod(x.shape[axis] for axis in self._reduced if mask.shape[axis] == 1)
-        counted = mask.astype(real).sum(self._reduced, keepdims=True) * repeats
-        kept = [1 if axis in self._reduced else size for axis, size in enumerate(x.shape)]
+        repeats = math.prod(x.shape[axis] for axis in self._axes.spatial if mask.shape[axis] == 1)
+        counted = mask.astype(real).sum(self._axes.spatial, keepdims=True) * repeats
+        kept = [1 if axis in self._axes.spatial else size for axis, size in enumerate(x.shape)]
         return self._sum_of_channels(jnp.broadcast_to(counted, kept))
 
     def spread(self, per_group: Array) -> Array:
         """One value a group, in x's rank: ones for the axes along which it does not vary."""
         if not self._combines_channels:
             return per_group
-        return self._join(_matmul(per_group, _first_of_two(self._size, per_group.dtype), 1))
+        two_columns = jnp.concatenate([per_group, jnp.zeros_like(per_group)], axis=-1)
+        return self._join(_matmul(two_columns, _first_of_two(self._size, per_group.dtype), 1))
 
     def sample(self, x: Array, one_in: int) -> Array:
         """At least one in so many positions of x, skipping along the first spatial axes first."""
@@ -80,7 +70,8 @@ class Groups:
     def _sum_of_channels(self, per_channel: Array) -> Array:
         if not self._combines_channels:
             return per_channel
-        return _matmul(self._split(per_channel), _first_of_two(self._size, per_channel.dtype), 0)
+        ones_and_zeros = _first_of_two(self._size, per_channel.dtype)
+        return _matmul(self._split(per_channel), ones_and_zeros, 0)[..., :1]
 
     def _split(self, per_channel: Array) -> Array:
         last = jnp.moveaxis(per_channel, self._axes.channel, -1)

@@ -52,21 +52,6 @@ def test_a_sum_is_right_where_xla_gets_a_product_with_a_made_matrix_wrong():
 
 
 @EVERY_CASE
-def test_the_largest_of_a_group_comes_back_to_its_channels(shape, num_groups, options):
-    x = random(shape)
-    of_group = members(shape, num_groups, **options)
-    largest = np.full(of_group.max() + 1, -np.inf, np.float32)
-    np.maximum.at(largest, of_group.ravel(), x.ravel())
-
-    @jax.jit
-    def maxima(x):
-        groups = groups_of(x, num_groups, **options)
-        return groups.spread(groups.max(x))
-
-    np.testing.assert_array_equal(np.broadcast_to(maxima(x), shape), largest[of_group])
-
-
-@EVERY_CASE
 def test_the_count_is_that_of_the_mask(shape, num_groups, options):
     x, mask = random(shape), np.random.default_rng(0).random(shape) < 0.5
     of_group = members(shape, num_groups, **options)

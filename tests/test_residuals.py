@@ -11,8 +11,8 @@ from jax import lax
 
 import jgn
 
-# A U-Net's, a ResNet's and a sequence's activations.
-SHAPES = [((2, 32, 32, 320), 32), ((4, 28, 28, 128), 32), ((8, 1024, 64), 8)]
+# Activations of a U-Net, a ResNet and two sequences, the second in groups of 512 elements.
+SHAPES = [((2, 32, 32, 320), 32), ((4, 28, 28, 128), 32), ((8, 1024, 64), 8), ((256, 16, 256), 8)]
 DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -153,6 +153,20 @@ def test_a_group_of_equal_elements_gives_exactly_its_bias(dtype, masked):
     np.testing.assert_array_equal(y, np.broadcast_to(bias, x.shape))
 
 
+@pytest.mark.parametrize("epsilon", [1e-5, 0])
+@pytest.mark.parametrize(
+    ("shape", "num_groups"),
+    [((64, 64, 320), 32), ((100, 128, 24), 3), ((7, 7, 2048), 1), ((1000, 999, 3), 1)],
+)
+def test_a_large_group_of_equal_elements_gives_exactly_its_bias(shape, num_groups, epsilon):
+    """Though the sums that lead to its mean and variance are rounded."""
+    constants = np.random.default_rng(0).lognormal(0, 10, 4).astype(np.float32)
+    x = np.broadcast_to(constants.reshape(-1, 1, 1, 1), (len(constants), *shape))
+    bias = random(shape[-1:], 2) * (np.arange(shape[-1]) % 2)
+    y = jgn.group_norm(x, num_groups, bias=bias, epsilon=epsilon)
+    np.testing.assert_array_equal(y, np.broadcast_to(bias, x.shape))
+
+
 @EVERY_DTYPE
 def test_one_element_a_group_gives_exactly_its_bias(dtype):
     x, bias = random((5, 12), dtype=dtype), random((12,), 1, dtype=dtype)
