@@ -13,13 +13,14 @@ class Normalized(nn.Module):
     """SiLU after the normalization that `norm` names: one of NORMS."""
 
     norm: str
-    groups: int
+    groups: int | None
+    group_size: int | None
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch *spatial channels"], train: bool) -> Array:
         match self.norm:
             case "group":
-                return jgn.GroupNorm(self.groups, activation=nn.silu)(x)
+                return jgn.GroupNorm(self.groups, self.group_size, activation=nn.silu)(x)
             case "layer":
                 return jgn.GroupNorm(num_groups=1, activation=nn.silu)(x)
             case "instance":
@@ -36,7 +37,8 @@ class Network(nn.Module):
     """A convolution and three residual blocks, the second of half the height and width."""
 
     norm: str = "group"
-    groups: int = 8
+    groups: int | None = 8
+    group_size: int | None = None
     channels: int = 32
     classes: int = 10
 
@@ -51,13 +53,16 @@ class Network(nn.Module):
             (2 * self.channels, 1),
         ):
             x = self._block(x, channels, stride, train)
-        x = Normalized(self.norm, self.groups)(x, train)
+        x = self._normalized(x, train)
         return nn.Dense(self.classes)(x.mean((1, 2)))
 
+    def _normalized(self, x: Array, train: bool) -> Array:
+        return Normalized(self.norm, self.groups, self.group_size)(x, train)
+
     def _block(self, x: Array, channels: int, stride: int, train: bool) -> Array:
-        residual = Normalized(self.norm, self.groups)(x, train)
+        residual = self._normalized(x, train)
         residual = nn.Conv(channels, (3, 3), stride)(residual)
-        residual = Normalized(self.norm, self.groups)(residual, train)
+        residual = self._normalized(residual, train)
         residual = nn.Conv(channels, (3, 3))(residual)
         if residual.shape != x.shape:
             x = nn.Conv(channels, (1, 1), stride)(x)

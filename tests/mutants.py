@@ -1,0 +1,473 @@
+"""Tries the tests: python tests/mutants.py breaks the source in many ways, one at a time.
+
+A mutant is killed when the tests that should notice it fail. Those of a general mutation tool, a
+`+` for a `-` at every place, are mostly noticed by anything that calls the function at all; these
+are the mistakes that people make in group normalization. Takes about a quarter of an hour.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+class Mutant(NamedTuple):
+    """A mistake: what stands in a file of the package, and what stands there instead."""
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    tests: tuple[str, ...]
+
+
+MUTANTS = (
+    # The equation
+    Mutant(
+        "another epsilon",
+        "_group_norm.py",
+        "_inverse_sqrt(variance + epsilon)",
+        "_inverse_sqrt(variance + 1.001 * epsilon)",
+        ("values", "seeds"),
+    ),
+    Mutant(
+        "epsilon beside the standard deviation",
+        "_group_norm.py",
+        "_inverse_sqrt(variance + epsilon)",
+        "1 / (jnp.sqrt(variance) + epsilon)",
+        ("values", "seeds"),
+    ),
+    Mutant(
+        "unbiased variance",
+        "_moments.py",
+        "    variance = mean_square - _squared_magnitude(mean)\n",
+        "    variance = (mean_square - _squared_magnitude(mean)) * n / jnp.maximum(n - 1, 1)\n",
+        ("values", "seeds"),
+    ),
+    Mutant(
+        "the mean's square forgotten",
+        "_moments.py",
+        "    variance = mean_square - _squared_magnitude(mean)\n",
+        "    variance = mean_square\n",
+        ("values",),
+    ),
+    Mutant(
+        "interleaved groups",
+        "_groups.py",
+        "return last.reshape(*last.shape[:-1], self._num_groups, self._size)",
+        "return last.reshape(*last.shape[:-1], self._size, self._num_groups).swapaxes(-1, -2)",
+        ("values", "groups"),
+    ),
+    Mutant(
+        "groups spread to the wrong channels",
+        "_groups.py",
+        "last = grouped.reshape(*grouped.shape[:-2], self._num_groups * self._size)",
+        "last = grouped.swapaxes(-1, -2).reshape("
+        "*grouped.shape[:-2], self._num_groups * self._size)",
+        ("groups", "values"),
+    ),
+    Mutant(
+        "scale before normalization only",
+        "_group_norm.py",
+        "b = -groups.spread(mean) * a",
+        "b = -groups.spread(mean)",
+        ("values",),
+    ),
+    Mutant(
+        "no bias",
+        "_group_norm.py",
+        "        b = b + _per_channel(bias.astype(x.dtype), axes)\n",
+        "        b = b + 0 * _per_channel(bias.astype(x.dtype), axes)\n",
+        ("values",),
+    ),
+    Mutant(
+        "rows of scale along the wrong axes",
+        "_group_norm.py",
+        "jnp.transpose(values, sorted(range(len(owners)), key=owners.__getitem__))",
+        "values",
+        ("values",),
+    ),
+    Mutant(
+        "|d|² without the imaginary part",
+        "_moments.py",
+        "return jnp.square(d.real) + jnp.square(d.imag)",
+        "return jnp.square(d.real)",
+        ("values",),
+    ),
+    # Axes
+    Mutant(
+        "batch normalized along with space",
+        "_axes.py",
+        "if axis > 0 or axis == channel]",
+        "if axis >= 0]",
+        ("values",),
+    ),
+    Mutant(
+        "a wrong axis reduced",
+        "_axes.py",
+        "spatial=tuple(axis for axis in reduced if axis != channel),",
+        "spatial=tuple(axis for axis in reduced if axis != channel)[1:],",
+        ("values",),
+    ),
+    Mutant(
+        "channels always last",
+        "_axes.py",
+        "    return index % rank\n",
+        "    return rank - 1 if name == 'channel_axis' else index % rank\n",
+        ("values",),
+    ),
+    # Rounding
+    Mutant(
+        "no shift",
+        "_moments.py",
+        "    return total / jnp.maximum(count, 1).astype(x.dtype)\n",
+        "    return 0 * total / jnp.maximum(count, 1).astype(x.dtype)\n",
+        ("values",),
+    ),
+    Mutant(
+        "one position as the sample",
+        "_moments.py",
+        "STRIDE = 64\n",
+        "STRIDE = 2**30\n",
+        ("values", "groups"),
+    ),
+    Mutant(
+        "the output around the sample's mean",
+        "_moments.py",
+        "    step = lax.stop_gradient((k + mean) - k)\n",
+        "    step = 0 * mean\n",
+        ("values",),
+    ),
+    Mutant(
+        "the rest of the mean forgotten",
+        "_moments.py",
+        "(sum_d - n.astype(x.dtype) * step) / n.astype(x.dtype)",
+        "0 * sum_d",
+        ("values", "derivatives"),
+    ),
+    Mutant(
+        "missing clamp",
+        "_moments.py",
+        "jnp.where(variance < 0, 0, variance)",
+        "variance",
+        ("values", "derivatives", "properties"),
+    ),
+    Mutant(
+        "a clamp that halves the derivative",
+        "_moments.py",
+        "jnp.where(variance < 0, 0, variance)",
+        "jnp.maximum(variance, 0)",
+        ("derivatives",),
+    ),
+    Mutant(
+        "statistics in x's dtype",
+        "_group_norm.py",
+        "compute_dtype=_widest(input_dtype, output_dtype, jnp.float32)",
+        "compute_dtype=_widest(input_dtype, output_dtype)",
+        ("values",),
+    ),
+    Mutant(
+        "statistics in the output's dtype",
+        "_group_norm.py",
+        "compute_dtype=_widest(input_dtype, output_dtype, jnp.float32)",
+        "compute_dtype=_widest(output_dtype, jnp.float32)",
+        ("values", "errors"),
+    ),
+    Mutant(
+        "activation after rounding",
+        "_group_norm.py",
+        "return (y if activation is None else activation(y)).astype(output_dtype)",
+        "y = y.astype(output_dtype)\n        return y if activation is None else activation(y)",
+        ("values",),
+    ),
+    Mutant(
+        "products of less than float32",
+        "_groups.py",
+        "precision=lax.Precision.HIGHEST",
+        "precision=lax.Precision.DEFAULT",
+        ("structure",),
+    ),
+    # Derivatives
+    Mutant(
+        "no gradient through the variance",
+        "_group_norm.py",
+        "_inverse_sqrt(variance + epsilon)",
+        "_inverse_sqrt(jax.lax.stop_gradient(variance) + epsilon)",
+        ("derivatives",),
+    ),
+    Mutant(
+        "no gradient through the mean",
+        "_moments.py",
+        "    sum_d = _kept(sum_d)\n",
+        "    sum_d = lax.stop_gradient(_kept(sum_d))\n",
+        ("derivatives",),
+    ),
+    Mutant(
+        "right for first derivatives only",
+        "_moments.py",
+        "    variance = mean_square - _squared_magnitude(mean)\n",
+        "    variance = mean_square - (mean * lax.stop_gradient(mean)).real\n",
+        ("derivatives",),
+    ),
+    Mutant(
+        "the mean's square without a gradient",
+        "_moments.py",
+        "    variance = mean_square - _squared_magnitude(mean)\n",
+        "    variance = mean_square - lax.stop_gradient(_squared_magnitude(mean))\n",
+        ("derivatives",),
+    ),
+    Mutant(
+        "no derivative where variance and epsilon are 0",
+        "_group_norm.py",
+        "    return jnp.where(x == 0, 0, 1 / jnp.sqrt(positive))\n",
+        "    return 1 / jnp.sqrt(x)\n",
+        ("values", "derivatives"),
+    ),
+    Mutant(
+        "everything kept for the backward pass",
+        "_group_norm.py",
+        "policy=jax.checkpoint_policies.save_only_these_names(RESIDUAL)",
+        "policy=jax.checkpoint_policies.everything_saveable",
+        ("residuals",),
+    ),
+    Mutant(
+        "moments computed twice",
+        "_group_norm.py",
+        "policy=jax.checkpoint_policies.save_only_these_names(RESIDUAL)",
+        "policy=jax.checkpoint_policies.nothing_saveable",
+        ("structure", "sharding"),
+    ),
+    Mutant(
+        "differences merged across the passes",
+        "_group_norm.py",
+        "prevent_cse=True",
+        "prevent_cse=False",
+        ("residuals",),
+    ),
+    # Masks and what is not finite
+    Mutant(
+        "mask ignored",
+        "_moments.py",
+        "groups.sum(_where(mask, x - k_of_mean, 0))",
+        "groups.sum(x - k_of_mean)",
+        ("mask",),
+    ),
+    Mutant(
+        "mask ignored in the variance",
+        "_moments.py",
+        "groups.sum(_where(mask, _squared_magnitude(x - k_of_variance), 0))",
+        "groups.sum(_squared_magnitude(x - k_of_variance))",
+        ("mask",),
+    ),
+    Mutant(
+        "masked elements counted",
+        "_groups.py",
+        "        if mask is None:\n            positions",
+        "        if True:\n            positions",
+        ("mask", "groups"),
+    ),
+    Mutant(
+        "an empty mask divides by 0",
+        "_moments.py",
+        "    n = jnp.maximum(count, 1)\n",
+        "    n = count\n",
+        ("mask",),
+    ),
+    Mutant(
+        "NaN under the mask multiplied by 0",
+        "_group_norm.py",
+        "        x = jnp.where(mask | (jnp.abs(x) < math.sqrt(jnp.finfo(x.dtype).max)), x, 0)\n",
+        "",
+        ("mask",),
+    ),
+    Mutant(
+        "NaN hidden outside the mask, too",
+        "_group_norm.py",
+        "jnp.where(mask | (jnp.abs(x)",
+        "jnp.where((jnp.abs(x)",
+        ("mask", "nan"),
+    ),
+    Mutant(
+        "positions under the mask not normalized",
+        "_group_norm.py",
+        "        x = jnp.where(mask | (jnp.abs(x) < math.sqrt(jnp.finfo(x.dtype).max)), x, 0)\n",
+        "        x = jnp.where(mask, x, 0)\n",
+        ("mask",),
+    ),
+    Mutant(
+        "a NaN reaches other groups",
+        "_groups.py",
+        "    return lax.dot_general(a, b, dimensions, precision=lax.Precision.HIGHEST)\n",
+        "    product = lax.dot_general(a, b, dimensions, precision=lax.Precision.HIGHEST)\n"
+        "    return product + 0 * product.sum()\n",
+        ("nan",),
+    ),
+    # Shared statistics
+    Mutant(
+        "a mean of means",
+        "_moments.py",
+        "return lax.psum(values, self.axis_name, axis_index_groups=self.axis_index_groups)",
+        "return lax.pmean(values, self.axis_name, axis_index_groups=self.axis_index_groups)",
+        ("sharding",),
+    ),
+    Mutant(
+        "index groups ignored",
+        "_moments.py",
+        "return lax.psum(values, self.axis_name, axis_index_groups=self.axis_index_groups)",
+        "return lax.psum(values, self.axis_name)",
+        ("sharding",),
+    ),
+    Mutant(
+        "each shard around its own pivot",
+        "_moments.py",
+        "    count, total = shards.sum((groups.count(x, mask), groups.sum(_where(mask, x, 0))))\n",
+        "    count, total = groups.count(x, mask), groups.sum(_where(mask, x, 0))\n",
+        ("sharding",),
+    ),
+    # How it is computed
+    Mutant(
+        "x reshaped",
+        "_group_norm.py",
+        "    groups = Groups(x, axes, num_groups)\n",
+        "    x = x.reshape(-1).reshape(x.shape)\n    groups = Groups(x, axes, num_groups)\n",
+        ("structure",),
+    ),
+    Mutant(
+        "an operation outside the compiled function",
+        "_group_norm.py",
+        "    axes = resolve_axes(x.ndim, channel_axis, reduction_axes)\n",
+        "    axes = resolve_axes((x * 1).ndim, channel_axis, reduction_axes)\n",
+        ("structure",),
+    ),
+    Mutant(
+        "one array of differences for all passes",
+        "_moments.py",
+        "lax.optimization_barrier((groups.spread(k), groups.spread(k)))",
+        "(groups.spread(k), groups.spread(k))",
+        ("structure", "residuals"),
+    ),
+    # The door
+    Mutant(
+        "a number of groups that does not divide",
+        "_axes.py",
+        "    if channels % num_groups:\n",
+        "    if channels < num_groups:\n",
+        ("errors",),
+    ),
+    Mutant(
+        "epsilon unchecked",
+        "_group_norm.py",
+        "    if not 0 <= value < math.inf:\n",
+        "    if not value < math.inf:\n",
+        ("errors",),
+    ),
+    Mutant(
+        "a scale that broadcasts",
+        "_group_norm.py",
+        "if values.shape not in ((channels,), rows):",
+        "if values.shape not in ((channels,), rows, (1, channels)):",
+        ("errors", "properties"),
+    ),
+    # The layers
+    Mutant(
+        "flax's epsilon",
+        "_linen.py",
+        "epsilon: float = 1e-5",
+        "epsilon: float = 1e-6",
+        ("linen",),
+    ),
+    Mutant(
+        "the layer forgets the mask",
+        "_linen.py",
+        "            mask=mask,\n",
+        "",
+        ("linen",),
+    ),
+    Mutant(
+        "the layer forgets its activation",
+        "_linen.py",
+        "            activation=self.activation,\n",
+        "",
+        ("linen",),
+    ),
+    Mutant(
+        "the layer forgets the dtype of its parameters",
+        "_linen.py",
+        "(channels,), self.param_dtype)",
+        "(channels,))",
+        ("linen",),
+    ),
+    Mutant(
+        "nnx: the mask forgotten",
+        "nnx.py",
+        "            mask=mask,\n",
+        "",
+        ("nnx",),
+    ),
+    Mutant(
+        "torch's epsilon forgotten",
+        "interop.py",
+        "epsilon=float(module.eps)",
+        "epsilon=1e-5",
+        ("interop",),
+    ),
+)
+
+
+def apply(mutant: Mutant, package: pathlib.Path) -> None:
+    """Writes the mistake into a copy of the package."""
+    file = package / mutant.file
+    source = file.read_text()
+    if source.count(mutant.right) != 1:
+        raise ValueError(
+            f"{mutant.name}: its place must be in {mutant.file} once: "
+            f"found {source.count(mutant.right)} times; write the mutant anew."
+        )
+    file.write_text(source.replace(mutant.right, mutant.wrong))
+
+
+def survives(mutant: Mutant) -> bool:
+    """Whether the tests pass all the same."""
+    with tempfile.TemporaryDirectory() as directory:
+        copy = pathlib.Path(directory)
+        shutil.copytree(ROOT / "jgn", copy / "jgn")
+        shutil.copytree(ROOT / "tests", copy / "tests")
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        apply(mutant, copy / "jgn")
+        tests = [f"tests/test_{name}.py" for name in mutant.tests]
+        finished = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests],
+            cwd=copy,
+            env={**os.environ, "PYTHONPATH": directory},
+            capture_output=True,
+            text=True,
+        )
+    if finished.returncode not in (0, 1):  # Neither passed nor failed: it did not run.
+        raise RuntimeError(f"{mutant.name}: pytest ended with {finished.stdout}{finished.stderr}")
+    return finished.returncode == 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="all mutants, unless named")
+    parser.add_argument("--jobs", type=int, default=2, help="how many at a time (2)")
+    options = parser.parse_args()
+    chosen = [m for m in MUTANTS if not options.names or m.name in options.names]
+    survivors = 0
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        for mutant, survived in zip(chosen, pool.map(survives, chosen), strict=True):
+            survivors += survived
+            print(f"{'SURVIVED' if survived else 'killed  '}  {mutant.name}", flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} mutants killed")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
