@@ -178,7 +178,7 @@ MUTANTS = (
         "_group_norm.py",
         "compute_dtype=_widest(input_dtype, output_dtype, jnp.float32)",
         "compute_dtype=_widest(output_dtype, jnp.float32)",
-        ("values", "errors"),
+        ("values",),
     ),
     Mutant(
         "activation after rounding",
@@ -314,7 +314,8 @@ MUTANTS = (
         "a mean of means",
         "_moments.py",
         "return lax.psum(values, self.axis_name, axis_index_groups=self.axis_index_groups)",
-        "return lax.pmean(values, self.axis_name, axis_index_groups=self.axis_index_groups)",
+        "means = [value / jnp.maximum(values[0], 1) for value in values]\n"
+        "        return lax.pmean(means, self.axis_name, axis_index_groups=self.axis_index_groups)",
         ("sharding",),
     ),
     Mutant(

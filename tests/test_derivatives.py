@@ -217,6 +217,23 @@ def test_a_constant_group_has_the_gradient_of_the_equation(masked):
     )
 
 
+def test_the_third_derivative_where_the_variance_is_zero():
+    """The first that sees what keeps the variance from falling below 0."""
+    direction, epsilon = random((1, 12)), 0.5
+
+    def along(t):
+        return jgn.group_norm(jnp.ones((1, 12)) + t * direction, 1, epsilon=epsilon)
+
+    function = along
+    for _ in range(3):
+        function = functools.partial(lambda f, t: jax.jvp(f, (t,), (1.0,))[1], function)
+    # y = t·u / √(t²·s + ε) = (t − t³·s / 2ε + …)·u / √ε, with u centred and s its variance.
+    centred = direction.astype(np.float64) - direction.mean(dtype=np.float64)
+    wanted = -3 * centred.var() * centred / epsilon**1.5
+    atol = tolerance("float32", 12) * np.abs(wanted).max()
+    np.testing.assert_allclose(function(0.0), wanted, rtol=0, atol=atol)
+
+
 @pytest.mark.parametrize("epsilon", [0, 1e-30])
 def test_a_constant_group_without_epsilon_has_a_finite_gradient(epsilon):
     x = np.ones(SHAPE, np.float32)

@@ -216,6 +216,14 @@ def test_a_mean_of_a_million_deviations_costs_no_digits(num_groups):
     assert error(textbook, oracle.y)[-1] > 1e-2, "E[x²] − E[x]² is no match"
 
 
+def test_a_narrower_output_narrows_no_statistics():
+    with jax.enable_x64(True):
+        x = 1e9 + random((3, 16, 8)).astype(np.float64)
+        y = jgn.group_norm(x, 2, dtype="float32")
+        assert y.dtype == np.float32
+        assert_values(y, Oracle(x, 2), "float32", 64)
+
+
 def adversaries():
     """Outliers where a sample of the group's elements might be taken, in samples of their own."""
     height, width, channels = 64, 128, 4
