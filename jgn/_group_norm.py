@@ -17,6 +17,7 @@ from jaxtyping import Bool, Num
 from jgn._axes import Axes, check_num_groups, resolve_axes
 from jgn._groups import Groups
 from jgn._moments import RESIDUAL, Shards, moments
+from jgn._positions import Positions
 
 
 def group_norm(
@@ -166,16 +167,18 @@ def _normalize(
         # So that 0 · x = 0 under the mask, whatever multiplies x in the backward pass.
         x = jnp.where(mask | (jnp.abs(x) < math.sqrt(jnp.finfo(x.dtype).max)), x, 0)
 
-    groups = Groups(x, axes, num_groups)
-    pivot, mean, variance = moments(x, groups, mask, shards)
+    positions = Positions(x, axes)
+    groups = Groups(x, axes, positions, num_groups)
+    pivot, mean, variance = moments(x, positions, groups, mask, shards)
 
     # y = scale · (x − μ) / √(σ² + ε) + bias = (x − pivot) · a + b
     a = groups.spread(_inverse_sqrt(variance + epsilon)).astype(x.dtype)
     if scale is not None:
         a = a * _per_channel(scale.astype(x.dtype), axes)
-    b = -groups.spread(mean) * a
+    b = -mean * a
     if bias is not None:
         b = b + _per_channel(bias.astype(x.dtype), axes)
+    a, b = positions.spread(a, b)
     return (x - pivot) * a + b
 
 

@@ -1,4 +1,4 @@
-"""Sums over groups, and their way back to the channels, without a reshape of x."""
+"""Sums over the channels of a group, and their way back to the channels."""
 
 import functools
 import math
@@ -8,34 +8,68 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from jgn._axes import Axes
+from jgn._positions import Positions, is_on_one_cpu, partitions
+
+# With so many, three values a channel in float32 are at most 1 % of an x in bfloat16.
+MANY_POSITIONS = 600
 
 
 class Groups:
-    """The groups of x: arrays of x's shape are reduced to one value a group, and spread again.
+    """The groups of x's channels: from a value a channel to its sum over a group, and back.
 
-    x itself is only ever reduced along its own spatial axes. What that leaves, one value a channel,
-    is combined by a product with a matrix of two columns, ones and zeros, whose first column is
-    each group's sum; spreading is the product with its transpose. XLA:CPU would fuse a plain
-    broadcast, which is also the transpose of a plain sum, into the loop over x: an integer division
-    of the channel index for each element, dearer than the rest of the loop. A product of inner
-    size 2 it does not fuse.
+    XLA:CPU would fuse a plain broadcast from groups to channels, which is also the transpose of a
+    plain sum, into the loop over x: an integer division of the channel index for each element,
+    dearer than the rest of the loop. So there, sums are products with a matrix of two columns, ones
+    and zeros, and broadcasts products with its transpose. A product of inner size 2 is not fused.
     """
 
-    def __init__(self, x: Array, axes: Axes, num_groups: int):
+    def __init__(self, x: Array, axes: Axes, positions: Positions, num_groups: int):
         channels = x.shape[axes.channel]
         self._axes = axes
         self._num_groups = num_groups
         self._size = channels // num_groups
-        self._combines_channels = num_groups < channels
+        self._combines_channels = 1 < num_groups < channels
+        self._multiplies = is_on_one_cpu(x)
+        # Both products in one save time, and what they give is kept for the backward pass: a value
+        # a channel, where that is little beside x.
+        number = positions.number
+        self._sums_for_channels = (
+            self._multiplies and isinstance(number, int) and number >= MANY_POSITIONS
+        )
         sharding = jax.typeof(x).sharding
         self._channel_sharding = sharding.spec[axes.channel]
-        self._span_devices = num_groups % _partitions(sharding, axes.channel) != 0
+        self._span_devices = num_groups % partitions(sharding, axes.channel) != 0
 
-    def sum(self, x: Array) -> Array:
-        return self._sum_of_channels(x.sum(self._axes.spatial, keepdims=True))
+    def sum(self, per_channel: Array) -> Array:
+        """Sums a value a channel over every group.
+
+        The result broadcasts to the channels only once it is spread.
+        """
+        if self._num_groups == 1:
+            return per_channel.sum(self._axes.channel, keepdims=True)
+        if not self._combines_channels:
+            return per_channel
+        grouped = self._split(per_channel)
+        if not self._multiplies:
+            return grouped.sum(-1, keepdims=True)
+        ones_and_zeros = _first_of_two(self._size, per_channel.dtype)
+        two_columns = _matmul(grouped, ones_and_zeros, 0)
+        if self._sums_for_channels:
+            return self._join(_matmul(two_columns, ones_and_zeros, 1))
+        return two_columns[..., :1]
+
+    def spread(self, per_group: Array) -> Array:
+        """Gives every channel its group's value, in x's rank: ones for the axes of no change."""
+        if not self._combines_channels or self._sums_for_channels:
+            return per_group
+        if not self._multiplies:
+            shape = (*per_group.shape[:-1], self._size)
+            return self._join(jnp.broadcast_to(per_group, shape))
+        two_columns = jnp.concatenate([per_group, jnp.zeros_like(per_group)], axis=-1)
+        return self._join(_matmul(two_columns, _first_of_two(self._size, per_group.dtype), 1))
 
     def count(self, x: Array, mask: Array | None) -> Array:
         """How many elements count: one number for all groups, or with a mask one value a group."""
@@ -46,32 +80,7 @@ class Groups:
         repeats = math.prod(x.shape[axis] for axis in self._axes.spatial if mask.shape[axis] == 1)
         counted = mask.astype(real).sum(self._axes.spatial, keepdims=True) * repeats
         kept = [1 if axis in self._axes.spatial else size for axis, size in enumerate(x.shape)]
-        return self._sum_of_channels(jnp.broadcast_to(counted, kept))
-
-    def spread(self, per_group: Array) -> Array:
-        """One value a group, in x's rank: ones for the axes along which it does not vary."""
-        if not self._combines_channels:
-            return per_group
-        two_columns = jnp.concatenate([per_group, jnp.zeros_like(per_group)], axis=-1)
-        return self._join(_matmul(two_columns, _first_of_two(self._size, per_group.dtype), 1))
-
-    def sample(self, x: Array, one_in: int) -> Array:
-        """At least one in so many positions of x, skipping along the first spatial axes first."""
-        strides = [1] * x.ndim
-        for axis in self._axes.spatial:
-            size = x.shape[axis]
-            if _partitions(jax.typeof(x).sharding, axis) > 1:
-                continue  # Slices of an explicitly sharded axis must divide evenly.
-            # A symbolic size is not known to be small.
-            strides[axis] = min(one_in, size) if isinstance(size, int) else one_in
-            one_in //= strides[axis]
-        return lax.slice(x, (0,) * x.ndim, x.shape, strides)
-
-    def _sum_of_channels(self, per_channel: Array) -> Array:
-        if not self._combines_channels:
-            return per_channel
-        ones_and_zeros = _first_of_two(self._size, per_channel.dtype)
-        return _matmul(self._split(per_channel), ones_and_zeros, 0)[..., :1]
+        return self.sum(jnp.broadcast_to(counted, kept))
 
     def _split(self, per_channel: Array) -> Array:
         last = jnp.moveaxis(per_channel, self._axes.channel, -1)
@@ -97,13 +106,6 @@ def _matmul(a: Array, b: np.ndarray, axis: int) -> Array:
     """Multiplies along the last axis of a and the given axis of b."""
     dimensions = (((a.ndim - 1,), (axis,)), ((), ()))
     return lax.dot_general(a, b, dimensions, precision=lax.Precision.HIGHEST)
-
-
-def _partitions(sharding: NamedSharding, axis: int) -> int:
-    """Over how many devices explicitly typed mesh axes split this axis."""
-    names = sharding.spec[axis] or ()
-    names = (names,) if isinstance(names, str) else names
-    return math.prod(sharding.mesh.shape[name] for name in names)
 
 
 def _reshard_last(x: Array, sharding: str | tuple[str, ...] | None) -> Array:

@@ -11,7 +11,7 @@ and the mean of s out of n numbers is never further from their mean than (k − 
 E[x²] − E[x]² is the same with k = 0, and has no bound.
 
 The output is taken around another pivot, μ as exactly as its dtype has it. In a group of equal
-elements that is their value, whatever the sums that led there have rounded, and x − μ = 0.
+elements that is their value, whatever the sums that led there have rounded, and x − pivot = 0.
 """
 
 from collections.abc import Callable
@@ -22,6 +22,7 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jgn._groups import Groups
+from jgn._positions import Positions
 
 # One position in so many decides the pivot: 2 % of a pass over x, and an error of at most 65 u.
 STRIDE = 64
@@ -31,11 +32,11 @@ RESIDUAL = "group_norm_moments"
 
 
 class Moments(NamedTuple):
-    """Of every group μ, in two parts, and σ²."""
+    """μ, in two parts, of every channel's group, and σ² of every group."""
 
-    pivot: Array  # μ rounded, one value a channel
+    pivot: Array  # μ rounded
     mean: Array  # E[x − pivot], what rounding left of μ
-    variance: Array
+    variance: Array  # still to be spread to the channels
 
 
 class Shards(NamedTuple):
@@ -50,40 +51,32 @@ class Shards(NamedTuple):
         return lax.psum(values, self.axis_name, axis_index_groups=self.axis_index_groups)
 
 
-def moments(x: Array, groups: Groups, mask: Array | None, shards: Shards) -> Moments:
+def moments(
+    x: Array, positions: Positions, groups: Groups, mask: Array | None, shards: Shards
+) -> Moments:
     """Moments of every group of x, over all shards, counting the elements where mask is True."""
     # The identity holds for every k, so stopping its gradient changes no derivative of any order.
-    k = _kept(_mean_of_sample(lax.stop_gradient(x), groups, mask, shards))
-    # Equal differences x − k become one array in memory as soon as several passes read them. Copies
-    # behind a barrier count as different, so that each pass subtracts its own on the way.
-    k_of_mean, k_of_variance = lax.optimization_barrier((groups.spread(k), groups.spread(k)))
+    sample = lax.stop_gradient(x if mask is not None else positions.sample(x, STRIDE))
+    count, total = shards.sum(
+        (groups.count(sample, mask), groups.sum(positions.sum(_where(mask, sample, 0))))
+    )
+    k = groups.spread(_kept(total / jnp.maximum(count, 1).astype(x.dtype)))
+
+    d = x - k
+    sum_d, sum_d2 = positions.sums(_where(mask, d, 0), _where(mask, _squared_magnitude(d), 0))
     count, sum_d, sum_d2 = shards.sum(
-        (
-            groups.count(x, mask),
-            groups.sum(_where(mask, x - k_of_mean, 0)),
-            groups.sum(_where(mask, _squared_magnitude(x - k_of_variance), 0)),
-        )
+        (groups.count(x, mask), groups.sum(sum_d), groups.sum(sum_d2))
     )
     n = jnp.maximum(count, 1)
-    sum_d = _kept(sum_d)
-    mean_square = _kept(sum_d2 / n)
-    mean = sum_d / n.astype(x.dtype)
-    variance = mean_square - _squared_magnitude(mean)
-    step = lax.stop_gradient((k + mean) - k)
-    return Moments(
-        pivot=groups.spread(k + step),
-        mean=(sum_d - n.astype(x.dtype) * step) / n.astype(x.dtype),
-        # Rounding can put σ² = 0 just below. A maximum would halve the derivative at exactly 0.
-        variance=jnp.where(variance < 0, 0, variance),
-    )
+    sum_d, mean_square = _kept(sum_d), _kept(sum_d2 / n)
+    variance = mean_square - _squared_magnitude(sum_d / n.astype(x.dtype))
+    # Rounding can put σ² = 0 just below. A maximum would halve the derivative at exactly 0.
+    variance = jnp.where(variance < 0, 0, variance)
 
-
-def _mean_of_sample(x: Array, groups: Groups, mask: Array | None, shards: Shards) -> Array:
-    """The mean of a sample of every group, or of all that the mask counts: one value a group."""
-    if mask is None:
-        x = groups.sample(x, one_in=STRIDE)
-    count, total = shards.sum((groups.count(x, mask), groups.sum(_where(mask, x, 0))))
-    return total / jnp.maximum(count, 1).astype(x.dtype)
+    n = n.astype(x.dtype)
+    n, sum_d = n if mask is None else groups.spread(n), groups.spread(sum_d)
+    pivot = lax.stop_gradient(k + sum_d / n)
+    return Moments(pivot, (sum_d - n * (pivot - k)) / n, variance)
 
 
 def _kept(per_group: Array) -> Array:

@@ -1,8 +1,10 @@
 """The shapes, groups, axes and numbers with which values and derivatives are compared."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 # Rank 1 has no batch axis; an axis in the middle of reduction_axes is one of the batch.
 CASES = [
@@ -47,3 +49,9 @@ def random(shape, seed=0, mean=1.0, deviation=2.0, dtype="float32"):
     if jnp.issubdtype(dtype, jnp.complexfloating):
         values = values + 1j * np.random.default_rng(seed + 100).normal(5, deviation / 4, shape)
     return values.astype(jnp.dtype(dtype))
+
+
+def on_a_mesh(x):
+    """x on a mesh of one device, for which a CPU sums as other backends do."""
+    mesh = jax.make_mesh((1,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+    return jax.device_put(x, NamedSharding(mesh, PartitionSpec()))

@@ -28,6 +28,8 @@ class Mutant(NamedTuple):
     tests: tuple[str, ...]
 
 
+VARIANCE = "    variance = mean_square - _squared_magnitude(sum_d / n.astype(x.dtype))\n"
+
 MUTANTS = (
     # The equation
     Mutant(
@@ -47,14 +49,14 @@ MUTANTS = (
     Mutant(
         "unbiased variance",
         "_moments.py",
-        "    variance = mean_square - _squared_magnitude(mean)\n",
-        "    variance = (mean_square - _squared_magnitude(mean)) * n / jnp.maximum(n - 1, 1)\n",
+        VARIANCE,
+        VARIANCE + "    variance = variance * n / jnp.maximum(n - 1, 1)\n",
         ("values", "seeds"),
     ),
     Mutant(
         "the mean's square forgotten",
         "_moments.py",
-        "    variance = mean_square - _squared_magnitude(mean)\n",
+        VARIANCE,
         "    variance = mean_square\n",
         ("values",),
     ),
@@ -76,8 +78,8 @@ MUTANTS = (
     Mutant(
         "scale before normalization only",
         "_group_norm.py",
-        "b = -groups.spread(mean) * a",
-        "b = -groups.spread(mean)",
+        "b = -mean * a",
+        "b = -mean",
         ("values",),
     ),
     Mutant(
@@ -127,8 +129,8 @@ MUTANTS = (
     Mutant(
         "no shift",
         "_moments.py",
-        "    return total / jnp.maximum(count, 1).astype(x.dtype)\n",
-        "    return 0 * total / jnp.maximum(count, 1).astype(x.dtype)\n",
+        "_kept(total / jnp.maximum(count, 1).astype(x.dtype))",
+        "_kept(0 * total)",
         ("values",),
     ),
     Mutant(
@@ -141,14 +143,14 @@ MUTANTS = (
     Mutant(
         "the output around the sample's mean",
         "_moments.py",
-        "    step = lax.stop_gradient((k + mean) - k)\n",
-        "    step = 0 * mean\n",
+        "pivot = lax.stop_gradient(k + sum_d / n)",
+        "pivot = k",
         ("values",),
     ),
     Mutant(
         "the rest of the mean forgotten",
         "_moments.py",
-        "(sum_d - n.astype(x.dtype) * step) / n.astype(x.dtype)",
+        "(sum_d - n * (pivot - k)) / n",
         "0 * sum_d",
         ("values", "derivatives"),
     ),
@@ -205,22 +207,24 @@ MUTANTS = (
     Mutant(
         "no gradient through the mean",
         "_moments.py",
-        "    sum_d = _kept(sum_d)\n",
-        "    sum_d = lax.stop_gradient(_kept(sum_d))\n",
+        "    sum_d, mean_square = _kept(sum_d), _kept(sum_d2 / n)\n",
+        "    sum_d, mean_square = lax.stop_gradient(_kept(sum_d)), _kept(sum_d2 / n)\n",
         ("derivatives",),
     ),
     Mutant(
         "right for first derivatives only",
         "_moments.py",
-        "    variance = mean_square - _squared_magnitude(mean)\n",
+        VARIANCE,
+        "    mean = sum_d / n.astype(x.dtype)\n"
         "    variance = mean_square - (mean * lax.stop_gradient(mean)).real\n",
         ("derivatives",),
     ),
     Mutant(
         "the mean's square without a gradient",
         "_moments.py",
+        VARIANCE,
+        "    mean = lax.stop_gradient(sum_d / n.astype(x.dtype))\n"
         "    variance = mean_square - _squared_magnitude(mean)\n",
-        "    variance = mean_square - lax.stop_gradient(_squared_magnitude(mean))\n",
         ("derivatives",),
     ),
     Mutant(
@@ -255,15 +259,15 @@ MUTANTS = (
     Mutant(
         "mask ignored",
         "_moments.py",
-        "groups.sum(_where(mask, x - k_of_mean, 0))",
-        "groups.sum(x - k_of_mean)",
+        "positions.sums(_where(mask, d, 0), ",
+        "positions.sums(d, ",
         ("mask",),
     ),
     Mutant(
         "mask ignored in the variance",
         "_moments.py",
-        "groups.sum(_where(mask, _squared_magnitude(x - k_of_variance), 0))",
-        "groups.sum(_squared_magnitude(x - k_of_variance))",
+        "_where(mask, _squared_magnitude(d), 0))",
+        "_squared_magnitude(d))",
         ("mask",),
     ),
     Mutant(
@@ -328,16 +332,16 @@ MUTANTS = (
     Mutant(
         "each shard around its own pivot",
         "_moments.py",
-        "    count, total = shards.sum((groups.count(x, mask), groups.sum(_where(mask, x, 0))))\n",
-        "    count, total = groups.count(x, mask), groups.sum(_where(mask, x, 0))\n",
+        "    count, total = shards.sum(\n",
+        "    count, total = tuple(\n",
         ("sharding",),
     ),
     # How it is computed
     Mutant(
         "x reshaped",
         "_group_norm.py",
-        "    groups = Groups(x, axes, num_groups)\n",
-        "    x = x.reshape(-1).reshape(x.shape)\n    groups = Groups(x, axes, num_groups)\n",
+        "    positions = Positions(x, axes)\n",
+        "    x = x.reshape(-1).reshape(x.shape)\n    positions = Positions(x, axes)\n",
         ("structure",),
     ),
     Mutant(
@@ -348,11 +352,34 @@ MUTANTS = (
         ("structure",),
     ),
     Mutant(
-        "one array of differences for all passes",
-        "_moments.py",
-        "lax.optimization_barrier((groups.spread(k), groups.spread(k)))",
-        "(groups.spread(k), groups.spread(k))",
-        ("structure", "residuals"),
+        "two passes for two sums",
+        "_positions.py",
+        "            self._split_into_blocks()\n",
+        "            pass\n",
+        ("structure",),
+    ),
+    Mutant(
+        "the two sums exchanged",
+        "_positions.py",
+        "    v, u = _sums(both.imag, both.real, blocks[1:], rest)\n",
+        "    u, v = _sums(both.imag, both.real, blocks[1:], rest)\n",
+        ("groups",),
+    ),
+    Mutant(
+        "spread in another order than summed",
+        "_positions.py",
+        "    b, a = _spread(b, a, blocks[1:], rest, sizes)\n"
+        "    both = _repeat(lax.complex(a, b), blocks[:1], sizes)\n",
+        "    b, a = _spread(b, a, blocks[:-1], rest, sizes)\n"
+        "    both = _repeat(lax.complex(a, b), blocks[-1:], sizes)\n",
+        ("structure", "groups"),
+    ),
+    Mutant(
+        "blocks of axes that devices share",
+        "_positions.py",
+        'return jax.default_backend() == "cpu" and jax.typeof(x).sharding.mesh.empty',
+        'return jax.default_backend() == "cpu"',
+        ("structure", "sharding"),
     ),
     # The door
     Mutant(

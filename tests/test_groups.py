@@ -1,19 +1,27 @@
-"""Sums over groups, their way back to the channels, and the sample, each compiled alone."""
+"""Sums over positions and groups, their way back, and the sample, each compiled alone."""
 
 import math
 
+import chex
 import jax
 import numpy as np
 import pytest
-from cases import EVERY_CASE, random
+from cases import EVERY_CASE, on_a_mesh, random
 from oracle import tolerance
 
 from jgn._axes import resolve_axes
 from jgn._groups import Groups
+from jgn._positions import Positions
+
+# On a mesh a CPU sums as other backends do.
+PLACED = pytest.mark.parametrize("placed", [np.asarray, on_a_mesh])
 
 
-def groups_of(x, num_groups, channel_axis=-1, reduction_axes=None):
-    return Groups(x, resolve_axes(x.ndim, channel_axis, reduction_axes), num_groups)
+def parts_of(x, num_groups, channel_axis=-1, reduction_axes=None):
+    """The positions and the groups of x."""
+    axes = resolve_axes(x.ndim, channel_axis, reduction_axes)
+    positions = Positions(x, axes)
+    return positions, Groups(x, axes, positions, num_groups)
 
 
 def members(shape, num_groups, channel_axis=-1, reduction_axes=None):
@@ -27,15 +35,16 @@ def members(shape, num_groups, channel_axis=-1, reduction_axes=None):
 
 
 @EVERY_CASE
-def test_sums_come_back_to_every_channel_of_their_group(shape, num_groups, options):
-    x = random(shape)
+@PLACED
+def test_sums_come_back_to_every_channel_of_their_group(shape, num_groups, options, placed):
+    x = placed(random(shape))
     of_group = members(shape, num_groups, **options)
-    wanted = np.bincount(of_group.ravel(), x.ravel().astype(np.float64))[of_group]
+    wanted = np.bincount(of_group.ravel(), np.ravel(x).astype(np.float64))[of_group]
 
     @jax.jit
     def sums(x):
-        groups = groups_of(x, num_groups, **options)
-        return groups.spread(groups.sum(x))
+        positions, groups = parts_of(x, num_groups, **options)
+        return groups.spread(groups.sum(positions.sum(x)))
 
     actual = np.broadcast_to(sums(x), shape)
     atol = tolerance("float32", x.size) * np.abs(wanted).max()
@@ -45,10 +54,53 @@ def test_sums_come_back_to_every_channel_of_their_group(shape, num_groups, optio
 def test_a_sum_is_right_where_xla_gets_a_product_with_a_made_matrix_wrong():
     """In jaxlib 0.10 to 0.12, on a CPU, with x.sum(...) @ jnp.ones(...) in one program."""
     x = random((2, 64, 3, 16))
-    actual = jax.jit(lambda x: groups_of(x, 4).sum(x))(x)
+
+    @jax.jit
+    def sums(x):
+        positions, groups = parts_of(x, 4)
+        return groups.spread(groups.sum(positions.sum(x)))
+
     wanted = x.astype(np.float64).reshape(2, 192, 4, 4).sum((1, 3))
     atol = tolerance("float32", 768) * np.abs(wanted).max()
-    np.testing.assert_allclose(actual[:, 0, 0, :, 0], wanted, rtol=0, atol=atol)
+    np.testing.assert_allclose(sums(x)[:, 0, 0, ::4], wanted, rtol=0, atol=atol)
+
+
+@EVERY_CASE
+@PLACED
+def test_two_sums_at_once_are_those_of_each(shape, num_groups, options, placed):
+    del num_groups
+    u, v = placed(random(shape)), random(shape, 1)
+    axes = resolve_axes(u.ndim, **{"channel_axis": -1, "reduction_axes": None, **options})
+    actual = jax.jit(lambda u, v: Positions(u, axes).sums(u, v))(u, v)
+    for total, values in zip(actual, (u, v), strict=True):
+        wanted = np.asarray(values, np.float64).sum(axes.spatial, keepdims=True)
+        atol = tolerance("float32", u.size) * np.abs(wanted).max()
+        np.testing.assert_allclose(total, wanted, rtol=0, atol=atol)
+
+
+@EVERY_CASE
+@PLACED
+def test_spreading_is_the_transpose_of_the_two_sums(shape, num_groups, options, placed):
+    del num_groups
+    x = placed(random(shape))
+    axes = resolve_axes(x.ndim, **{"channel_axis": -1, "reduction_axes": None, **options})
+    per_channel = [1 if axis in axes.spatial else size for axis, size in enumerate(shape)]
+    a, b = random(per_channel, 1), random(per_channel, 2)
+
+    @jax.jit
+    def spread_and_transpose(x, a, b):
+        def spread(a, b):
+            return [jax.numpy.broadcast_to(c, x.shape) for c in Positions(x, axes).spread(a, b)]
+
+        values, transpose = jax.vjp(spread, a, b)
+        return values, transpose([x, 2 * x])
+
+    values, transposed = spread_and_transpose(x, a, b)
+    chex.assert_trees_all_equal(values, [np.broadcast_to(c, shape) for c in (a, b)])
+    wanted = np.asarray(x, np.float64).sum(axes.spatial, keepdims=True)
+    atol = tolerance("float32", x.size) * np.abs(wanted).max()
+    np.testing.assert_allclose(transposed[0], wanted, rtol=0, atol=atol)
+    np.testing.assert_allclose(transposed[1], 2 * wanted, rtol=0, atol=2 * atol)
 
 
 @EVERY_CASE
@@ -56,7 +108,7 @@ def test_the_count_is_that_of_the_mask(shape, num_groups, options):
     x, mask = random(shape), np.random.default_rng(0).random(shape) < 0.5
     of_group = members(shape, num_groups, **options)
     wanted = np.bincount(of_group.ravel(), mask.ravel())[of_group]
-    groups = groups_of(jax.numpy.asarray(x), num_groups, **options)
+    _, groups = parts_of(jax.numpy.asarray(x), num_groups, **options)
     counted = groups.spread(groups.count(jax.numpy.asarray(x), jax.numpy.asarray(mask)))
     np.testing.assert_array_equal(np.broadcast_to(counted, shape), wanted)
     assert int(groups.count(jax.numpy.asarray(x), None)) == np.bincount(of_group.ravel())[0]
@@ -69,7 +121,7 @@ def test_the_count_is_that_of_the_mask(shape, num_groups, options):
 )
 def test_the_sample_has_one_in_so_many_positions_of_every_channel(shape, channel_axis, one_in):
     x = jax.numpy.asarray(random(shape))
-    sample = groups_of(x, 4, channel_axis).sample(x, one_in)
+    sample = parts_of(x, 4, channel_axis)[0].sample(x, one_in)
     positions, sampled = (math.prod(s) // (2 * 8) for s in (shape, sample.shape))
     assert sample.shape[0] == 2
     assert sample.shape[channel_axis] == 8

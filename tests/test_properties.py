@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import batch_shape
+from cases import batch_shape, on_a_mesh
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import Oracle, tolerance, unit_roundoff, wide
@@ -60,8 +60,8 @@ def calls(draw, channels_last=False):
     return x, num_groups, options
 
 
-@given(calls())
-def test_values_and_gradients_equal_the_oracles(call):
+@given(calls(), st.sampled_from([np.asarray, on_a_mesh]))
+def test_values_and_gradients_equal_the_oracles(call, placed):
     x, num_groups, options = call
     scale, bias = options.pop("scale"), options.pop("bias")
     cotangent = np.random.default_rng(x.size).normal(size=x.shape).astype(x.dtype)
@@ -74,7 +74,7 @@ def test_values_and_gradients_equal_the_oracles(call):
         y, vjp = jax.vjp(normalized, x)
         return y, vjp(cotangent)[0]
 
-    y, gradient = value_and_gradient(x, cotangent)
+    y, gradient = value_and_gradient(placed(x), cotangent)
     assert (y.shape, y.dtype, gradient.dtype) == (x.shape, x.dtype, x.dtype)
     oracle = Oracle(x, num_groups, scale, bias, **options)
     # What rounds is d, relative to its group's pivot, times 1/√(σ² + ε): under a mask d may be

@@ -13,6 +13,8 @@ import jgn
 
 # Activations of a U-Net, a ResNet and two sequences, the second in groups of 512 elements.
 SHAPES = [((2, 32, 32, 320), 32), ((4, 28, 28, 128), 32), ((8, 1024, 64), 8), ((256, 16, 256), 8)]
+# Two sums for every 16 positions, and for every 256, are there for a moment, beside x's size.
+SUMS_OF_BLOCKS = 2 / 16 + 2 / 256 + 0.02
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -93,12 +95,14 @@ def test_the_compiled_training_step_holds_no_further_copy_of_x():
         return jax.vjp(lambda x: jgn.group_norm(x, 32), x)[1](cotangent)[0]
 
     memory = step.lower(x, x).compile().memory_analysis()
-    assert memory.temp_size_in_bytes <= 0.02 * x.size * np.dtype(jnp.float32).itemsize
+    assert memory.temp_size_in_bytes <= SUMS_OF_BLOCKS * x.size * np.dtype(jnp.float32).itemsize
 
 
-def test_a_compiled_network_holds_one_array_a_layer():
+# The second has no block to sum first.
+@pytest.mark.parametrize("shape", [(8, 32, 32, 128), (4, 53, 53, 64)])
+def test_a_compiled_network_holds_one_array_a_layer(shape):
     """Between the passes it keeps the second layer's x, not also what either makes of its own."""
-    x = abstract((8, 32, 32, 128), "float32")
+    x = abstract(shape, "float32")
 
     @jax.jit
     def gradient(x):
@@ -108,4 +112,6 @@ def test_a_compiled_network_holds_one_array_a_layer():
         return jax.grad(loss)(x)
 
     memory = gradient.lower(x).compile().memory_analysis()
-    assert memory.temp_size_in_bytes <= 1.02 * x.size * np.dtype(jnp.float32).itemsize
+    assert (
+        memory.temp_size_in_bytes <= (1 + SUMS_OF_BLOCKS) * x.size * np.dtype(jnp.float32).itemsize
+    )

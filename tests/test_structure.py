@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import random
+from cases import on_a_mesh, random
 from jax.extend import core
 
 import jgn
@@ -14,6 +14,7 @@ import jgn
 SHAPE = {"channels last": (4, 14, 15, 24), "channels first": (4, 24, 14, 15)}
 CHANNEL_AXIS = {"channels last": -1, "channels first": 1}
 LAYOUT = pytest.mark.parametrize("layout", SHAPE)
+MASKED = pytest.mark.parametrize("masked", [False, True])
 GROUPS = pytest.mark.parametrize("num_groups", [1, 6, 24])
 
 
@@ -31,9 +32,9 @@ def equations(jaxpr):
 
 
 def moves_of(jaxpr, size):
-    """The primitives that rearrange an array of at least this size."""
+    """The equations that rearrange an array of at least this size."""
     return [
-        equation.primitive.name
+        equation
         for equation in equations(jaxpr)
         if equation.primitive.name
         in ("reshape", "transpose", "copy", "rev", "gather", "concatenate", "squeeze", "sort")
@@ -41,11 +42,8 @@ def moves_of(jaxpr, size):
     ]
 
 
-@LAYOUT
-@GROUPS
-@pytest.mark.parametrize("masked", [False, True])
-def test_x_is_never_reshaped(layout, num_groups, masked):
-    x = random(SHAPE[layout])
+def jaxprs(x, num_groups, layout, masked):
+    """Of the forward pass, and of forward and backward together."""
     mask = np.ones((4, 1, 1, 1), bool) if masked else None
     options = {"channel_axis": CHANNEL_AXIS[layout], "mask": mask, "activation": jax.nn.silu}
 
@@ -56,15 +54,56 @@ def test_x_is_never_reshaped(layout, num_groups, masked):
         y, vjp = jax.vjp(normalized, x)
         return y, vjp(y)
 
-    forward, both = jax.make_jaxpr(normalized)(x), jax.make_jaxpr(value_and_gradient)(x)
-    assert sum(1 for _ in equations(both.jaxpr)) > sum(1 for _ in equations(forward.jaxpr)) > 10
-    assert moves_of(both.jaxpr, x.size) == []
+    return jax.make_jaxpr(normalized)(x).jaxpr, jax.make_jaxpr(value_and_gradient)(x).jaxpr
+
+
+@LAYOUT
+@GROUPS
+@MASKED
+def test_on_a_mesh_x_is_never_reshaped(layout, num_groups, masked):
+    x = on_a_mesh(random(SHAPE[layout]))
+    forward, both = jaxprs(x, num_groups, layout, masked)
+    assert sum(1 for _ in equations(both)) > sum(1 for _ in equations(forward)) > 10
+    assert moves_of(both, x.size) == []
+
+
+@LAYOUT
+@GROUPS
+@MASKED
+def test_on_a_cpu_no_more_is_done_than_to_split_spatial_axes(layout, num_groups, masked):
+    x = random(SHAPE[layout])
+    samples, channels = 4, 24
+    moves = moves_of(jaxprs(x, num_groups, layout, masked)[1], x.size)
+    assert {move.primitive.name for move in moves} == {"reshape"}
+    for move in moves:
+        for variable in (*move.invars, *move.outvars):
+            first, *others = variable.aval.shape
+            assert first == samples
+            assert others[0 if layout == "channels first" else -1] == channels
+
+
+@LAYOUT
+@GROUPS
+@MASKED
+def test_on_a_cpu_each_pass_sums_once_over_an_array_of_the_size_of_x(layout, num_groups, masked):
+    x = random(SHAPE[layout])
+
+    def sums(jaxpr):
+        return sum(
+            equation.primitive.name == "reduce_sum" and equation.invars[0].aval.size >= x.size
+            for equation in equations(jaxpr)
+        )
+
+    forward, both = jaxprs(x, num_groups, layout, masked)
+    # With a mask, the pivot is the mean of all that counts.
+    assert sums(forward) == 1 + masked
+    assert sums(both) == 2 + masked
 
 
 def test_the_walk_over_equations_finds_a_reshape_inside():
     inner = jax.jit(jax.checkpoint(lambda x: jnp.sin(x.reshape(-1)).reshape(x.shape)))
     jaxpr = jax.make_jaxpr(lambda x: jax.vjp(inner, x)[1](x))(np.ones((3, 4), np.float32))
-    assert "reshape" in moves_of(jaxpr.jaxpr, 12)
+    assert "reshape" in [move.primitive.name for move in moves_of(jaxpr.jaxpr, 12)]
 
 
 def large_moves(hlo, size):
