@@ -241,8 +241,9 @@ def test_the_command_measures_writes_and_draws(tmp_path):
         assert row["x_bytes"] == 2 * 25 * 32 * 256 * (4 if row["dtype"] == "float32" else 2)
         assert row["contenders"].keys() == {"jgn", *peers}
         assert row["floor"].keys() == set(contenders.FLOORS)
-        for contender in row["contenders"].values():
-            assert contender["error"] < largest_error
+        for name, contender in row["contenders"].items():
+            # flax's variance is not as exact.
+            assert contender["error"] < largest_error * (1 if name == "jgn" else 10)
             for call in ("forward", "forward and backward"):
                 assert 0 < contender[call]["best"] <= contender[call]["median"]
                 assert contender[call]["spread"] >= 0

@@ -29,6 +29,7 @@ SETTINGS = {
     # Freed arrays stay with the process: fresh ones cost a page fault every 4 KiB, whoever asks.
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "MALLOC_TRIM_THRESHOLD_": str(2**33),
+    "MALLOC_ARENA_MAX": "1",
     # One GPU's memory is for all the processes.
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     # Else the second run's compile times would be those of reading a file.
