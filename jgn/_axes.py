@@ -45,7 +45,8 @@ def check_num_groups(num_groups: Any, channels: int) -> int:
     if channels % num_groups:
         raise ValueError(
             f"num_groups must divide the channels: got num_groups={num_groups} for {channels} "
-            f"channels; the nearest that do are {_nearest_divisors(channels, num_groups)}."
+            f"channels; the nearest that do are {_nearest_divisors(channels, num_groups)} "
+            f"(num_groups × group_size: {_factorizations(channels)})."
         )
     return num_groups
 
@@ -64,7 +65,8 @@ def num_groups_from(num_groups: Any, group_size: Any, channels: int) -> int:
     if channels % group_size:
         raise ValueError(
             f"group_size must divide the channels: got group_size={group_size} for {channels} "
-            f"channels; the nearest that do are {_nearest_divisors(channels, group_size)}."
+            f"channels; the nearest that do are {_nearest_divisors(channels, group_size)} "
+            f"(num_groups × group_size: {_factorizations(channels)})."
         )
     return channels // group_size
 
@@ -105,8 +107,15 @@ def positive_integer(value: Any, name: str) -> int:
     return number
 
 
+def _divisors(channels: int) -> list[int]:
+    return [divisor for divisor in range(1, channels + 1) if channels % divisor == 0]
+
+
 def _nearest_divisors(channels: int, number: int) -> str:
-    divisors = [divisor for divisor in range(1, channels + 1) if channels % divisor == 0]
-    below = [divisor for divisor in divisors if divisor < number][-1:]
-    above = [divisor for divisor in divisors if divisor > number][:1]
+    below = [divisor for divisor in _divisors(channels) if divisor < number][-1:]
+    above = [divisor for divisor in _divisors(channels) if divisor > number][:1]
     return " and ".join(str(divisor) for divisor in below + above)
+
+
+def _factorizations(channels: int) -> str:
+    return ", ".join(f"{divisor} × {channels // divisor}" for divisor in _divisors(channels))

@@ -85,7 +85,7 @@ def group_norm(
     Raises:
         ValueError: `num_groups` does not divide the channels; an axis is out
             of range, repeated or missing; scale, bias or mask has another
-            shape; epsilon is negative.
+            shape, or what activation gives; epsilon is negative.
         TypeError: x, scale, bias, mask or dtype has an unusable dtype; a
             count or an axis is not an integer; activation is not callable.
 
@@ -146,7 +146,12 @@ def _group_norm(x, scale, bias, mask, *, activation, compute_dtype, output_dtype
     )
     def normalized(x, scale, bias):
         y = _normalize(x.astype(compute_dtype), scale, bias, mask, **options)
-        return (y if activation is None else activation(y)).astype(output_dtype)
+        y = y if activation is None else activation(y)
+        if y.shape != x.shape:
+            raise ValueError(
+                f"activation must be elementwise: got shape {y.shape} for an x of shape {x.shape}."
+            )
+        return y.astype(output_dtype)
 
     return normalized(x, scale, bias)
 
@@ -203,7 +208,7 @@ def _per_channel(values: Array, axes: Axes) -> Array:
 def as_numbers(value: Any, name: str) -> Array:
     try:
         array = jnp.asarray(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise TypeError(f"{name} must be an array of numbers: got {value!r:.60}.") from None
     supported = any(array.dtype == dtype for dtype in _FLOATING) or _is_integral(array.dtype)
     if not supported:
@@ -234,7 +239,10 @@ def _is_integral(dtype: Any) -> bool:
 
 
 def _checked_output_dtype(dtype: DTypeLike, input_dtype: Any) -> Any:
-    output_dtype = jax.dtypes.canonicalize_dtype(dtype)
+    try:
+        output_dtype = jax.dtypes.canonicalize_dtype(dtype)
+    except TypeError:
+        raise TypeError(f"dtype must be floating or complex: got {dtype!r}.") from None
     if output_dtype not in _FLOATING:
         raise TypeError(f"dtype must be floating or complex: got {output_dtype}.")
     if jnp.issubdtype(input_dtype, jnp.complexfloating) and not jnp.issubdtype(
@@ -276,7 +284,11 @@ def _checked_mask(mask: Any, x: Array) -> Array:
 
 def _checked_epsilon(epsilon: Any) -> float:
     try:
+        if isinstance(epsilon, str | bool):
+            raise TypeError
         value = float(epsilon)
+    except OverflowError:
+        value = math.inf
     except (TypeError, ValueError):
         raise TypeError(
             f"epsilon must be a number known when the call is traced: got {epsilon!r}."
@@ -291,7 +303,14 @@ def _shards(axis_name: Any, axis_index_groups: Any) -> Shards:
         raise ValueError(
             f"axis_index_groups needs axis_name: got {axis_index_groups} with axis_name=None."
         )
-    return Shards(
-        axis_name if axis_name is None or isinstance(axis_name, str) else tuple(axis_name),
-        None if axis_index_groups is None else tuple(map(tuple, axis_index_groups)),
-    )
+    try:
+        names = axis_name if axis_name is None or isinstance(axis_name, str) else tuple(axis_name)
+    except TypeError:
+        raise TypeError(f"axis_name must be one or more names: got {axis_name!r}.") from None
+    try:
+        groups = None if axis_index_groups is None else tuple(map(tuple, axis_index_groups))
+    except TypeError:
+        raise TypeError(
+            f"axis_index_groups must be a sequence of groups of indices: got {axis_index_groups!r}."
+        ) from None
+    return Shards(names, groups)

@@ -7,8 +7,8 @@ With d = x − k, every k gives the same moments,
 and decides only how they are rounded: the relative error of σ² is about u · (1 + (k − μ)²/σ²),
 u being the unit roundoff. Here k is the mean of at least one in `STRIDE` of the group's elements,
 and the mean of s out of n numbers is never further from their mean than (k − μ)² ≤ (n/s) · σ²
-(Cauchy-Schwarz). So no input whatever makes that error larger than (1 + STRIDE) · u. The textbook's
-E[x²] − E[x]² is the same with k = 0, and has no bound.
+(Cauchy-Schwarz). So no input whatever makes that error larger than (1 + STRIDE) · u for each time
+that the sums round. The textbook's E[x²] − E[x]² is the same with k = 0, and has no bound.
 
 The output is taken around another pivot, μ as exactly as its dtype has it. In a group of equal
 elements that is their value, whatever the sums that led there have rounded, and x − pivot = 0.

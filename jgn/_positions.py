@@ -90,21 +90,38 @@ class Positions:
         """At least one in so many positions of x, skipping along the first spatial axes first."""
         strides = [1] * x.ndim
         for axis in self._spatial:
-            size = x.shape[axis]
             if partitions(jax.typeof(x).sharding, axis) > 1:
                 continue  # Slices of an explicitly sharded axis must divide evenly.
-            # A symbolic size is not known to be small.
-            strides[axis] = min(one_in, size) if isinstance(size, int) else one_in
+            strides[axis] = _stride(x.shape[axis], one_in, _devices(x))
             one_in //= strides[axis]
         return lax.slice(x, (0,) * x.ndim, x.shape, strides)
 
 
 def is_on_one_cpu(x: Array) -> bool:
-    """Whether x is traced for a CPU, and lies on no mesh of devices.
+    """Whether x is traced for one CPU, and for more than one operation at a time.
 
     Where devices share an axis, what is summed over a part of it would travel between them.
     """
-    return jax.default_backend() == "cpu" and jax.typeof(x).sharding.mesh.empty
+    alone = jax.default_backend() == "cpu" and _devices(x) == 1
+    return alone and not jax.config.jax_disable_jit
+
+
+def _devices(x: Array) -> int:
+    """The number of devices that may share x, as far as tracing tells."""
+    mesh = jax.typeof(x).sharding.mesh
+    if mesh.empty:
+        mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.size
+
+
+def _stride(size: int, one_in: int, devices: int) -> int:
+    if not isinstance(size, int):
+        return one_in  # A symbolic size is not known to be small.
+    if devices == 1 or size <= one_in:
+        return min(one_in, size)
+    # Strides that divide what each device has of an axis move nothing between devices.
+    on_each = size // devices if size % devices == 0 else 1
+    return max(stride for stride in range(1, one_in + 1) if on_each % stride == 0)
 
 
 def partitions(sharding: NamedSharding, axis: int) -> int:

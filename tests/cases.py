@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jgn._axes import resolve_axes
+
 # Rank 1 has no batch axis; an axis in the middle of reduction_axes is one of the batch.
 CASES = [
     ((12,), 3, {"channel_axis": 0}),
@@ -24,6 +26,10 @@ CASES = [
     ((3, 5, 12), 2, {"reduction_axes": -1}),
     ((5, 12, 3, 4), 6, {"channel_axis": -3, "reduction_axes": [0, 1]}),
     ((12, 3, 5), 3, {"channel_axis": 0, "reduction_axes": (0, 2)}),
+    # Blocks of blocks, and neighbours in memory that are positions: blocks of every 16th.
+    ((2, 400, 6), 3, {}),
+    ((2, 6, 160), 3, {"channel_axis": 1}),
+    ((2, 6, 40, 640), 3, {"channel_axis": 1}),
 ]
 
 EVERY_CASE = pytest.mark.parametrize(
@@ -44,6 +50,16 @@ def batch_shape(shape, channel_axis=-1, reduction_axes=None):
     return tuple(shape[axis] for axis in sorted(kept))
 
 
+def members(shape, num_groups, channel_axis=-1, reduction_axes=None):
+    """The number of its own group for every element of x."""
+    axes = resolve_axes(len(shape), channel_axis, reduction_axes)
+    size = shape[axes.channel] // num_groups
+    coordinates = np.indices(shape)
+    coordinates[axes.channel] //= size
+    kept = [*axes.batch, axes.channel]
+    return np.ravel_multi_index([coordinates[axis] for axis in kept], [shape[a] for a in kept])
+
+
 def random(shape, seed=0, mean=1.0, deviation=2.0, dtype="float32"):
     values = np.random.default_rng(seed).normal(mean, deviation, shape)
     if jnp.issubdtype(dtype, jnp.complexfloating):
@@ -52,6 +68,8 @@ def random(shape, seed=0, mean=1.0, deviation=2.0, dtype="float32"):
 
 
 def on_a_mesh(x):
-    """x on a mesh of one device, for which a CPU sums as other backends do."""
-    mesh = jax.make_mesh((1,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+    """x on two devices, where there are; on such a mesh a CPU sums as other backends do."""
+    devices = jax.devices()[:2]
+    axis_types = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((len(devices),), ("a",), axis_types, devices=devices)
     return jax.device_put(x, NamedSharding(mesh, PartitionSpec()))

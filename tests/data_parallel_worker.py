@@ -2,7 +2,7 @@
 
 Arguments: the coordinator's address, how many processes, this one's number, how many steps, and
 the file that process 0 writes the parameters to. With one process there is no coordinator. With
-"die" in place of the steps, the last process ends after its first step without a word.
+"die 1" in place of the steps, process 1 ends after its first step without a word.
 """
 
 import os
@@ -29,14 +29,15 @@ def train(processes, number, steps, out):
     state = jax.tree.map(lambda leaf: jax.make_array_from_callback(
         np.shape(leaf), replicated, lambda index: np.asarray(leaf)[index]
     ), first)  # fmt: skip
-    for step, indices in enumerate(batches[: 1000 if steps == "die" else int(steps)]):
+    dies = steps == f"die {number}"
+    for step, indices in enumerate(batches[: None if steps.startswith("die") else int(steps)]):
         own = np.split(indices, processes)[number]
         images, labels = (
             jax.make_array_from_process_local_data(split, part[own]) for part in digits
         )
         state, loss, _ = train_step(state, key, images, labels)
         print(f"step {step}: loss {float(loss):.6f}", flush=True)
-        if steps == "die" and number == processes - 1:
+        if dies:
             os._exit(1)
     if number == 0:
         np.savez(out, **flatten_dict(jax.device_get(state.params), sep="/"))

@@ -185,8 +185,9 @@ MUTANTS = (
     Mutant(
         "activation after rounding",
         "_group_norm.py",
-        "return (y if activation is None else activation(y)).astype(output_dtype)",
-        "y = y.astype(output_dtype)\n        return y if activation is None else activation(y)",
+        "        y = y if activation is None else activation(y)\n",
+        "        y = y.astype(output_dtype)\n"
+        "        y = y if activation is None else activation(y)\n",
         ("values",),
     ),
     Mutant(
@@ -354,31 +355,43 @@ MUTANTS = (
     Mutant(
         "two passes for two sums",
         "_positions.py",
-        "            self._split_into_blocks()\n",
-        "            pass\n",
+        "_blocks(x.shape, axes.spatial) if in_blocks else []",
+        "[]",
         ("structure",),
     ),
     Mutant(
         "the two sums exchanged",
         "_positions.py",
-        "    v, u = _sums(both.imag, both.real, blocks[1:], rest)\n",
-        "    u, v = _sums(both.imag, both.real, blocks[1:], rest)\n",
+        "    v, u = _sums(both.imag, both.real, blocks[1:])\n",
+        "    u, v = _sums(both.imag, both.real, blocks[1:])\n",
         ("groups",),
     ),
     Mutant(
-        "spread in another order than summed",
+        "the two values spread exchanged",
         "_positions.py",
-        "    b, a = _spread(b, a, blocks[1:], rest, sizes)\n"
-        "    both = _repeat(lax.complex(a, b), blocks[:1], sizes)\n",
-        "    b, a = _spread(b, a, blocks[:-1], rest, sizes)\n"
-        "    both = _repeat(lax.complex(a, b), blocks[-1:], sizes)\n",
-        ("structure", "groups"),
+        "    b, a = _spread(b, a, blocks[1:])\n",
+        "    a, b = _spread(b, a, blocks[1:])\n",
+        ("groups",),
+    ),
+    Mutant(
+        "blocks of samples, too",
+        "_positions.py",
+        "_blocks(x.shape, axes.spatial) if in_blocks",
+        "_blocks(x.shape, range(x.ndim)) if in_blocks",
+        ("groups", "values"),
+    ),
+    Mutant(
+        "a value a channel kept of few positions",
+        "_groups.py",
+        "MANY_POSITIONS = 600\n",
+        "MANY_POSITIONS = 1\n",
+        ("residuals",),
     ),
     Mutant(
         "blocks of axes that devices share",
         "_positions.py",
-        'return jax.default_backend() == "cpu" and jax.typeof(x).sharding.mesh.empty',
-        'return jax.default_backend() == "cpu"',
+        'jax.default_backend() == "cpu" and _devices(x) == 1',
+        'jax.default_backend() == "cpu"',
         ("structure", "sharding"),
     ),
     # The door

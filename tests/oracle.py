@@ -67,7 +67,9 @@ class Oracle:
         self.mean = self._mean(x)
         self._d = x - self.mean
         self.variance = self._mean(np.abs(self._d) ** 2)
-        self._r = 1 / np.sqrt(self.variance + epsilon)
+        total = self.variance + epsilon
+        # Without variance or epsilon a group is all bias.
+        self._r = np.where(total == 0, 0, 1 / np.sqrt(np.where(total == 0, 1, total)))
         self.inverse_deviation = self._join(np.broadcast_to(self._r, x.shape))
         self.y = self._join(self._laid_out(self._scale) * self._d * self._r + self._laid_out(bias))
 

@@ -10,6 +10,7 @@ import pytest
 import jgn
 
 X = np.ones((2, 3, 12), np.float32)
+TABLE = "(num_groups × group_size: 1 × 12, 2 × 6, 3 × 4, 4 × 3, 6 × 2, 12 × 1)"
 IMMENSE = jax.ShapeDtypeStruct((1 << 30, 1 << 20, 12), "float32")
 
 # x, arguments of group_norm, the error, and its text in full
@@ -19,14 +20,14 @@ FUNCTION = [
         {"num_groups": 5},
         ValueError,
         "num_groups must divide the channels: got num_groups=5 for 12 channels; "
-        "the nearest that do are 4 and 6.",
+        f"the nearest that do are 4 and 6 {TABLE}.",
     ),
     (
         X,
         {"num_groups": 32},
         ValueError,
         "num_groups must divide the channels: got num_groups=32 for 12 channels; "
-        "the nearest that do are 12.",
+        f"the nearest that do are 12 {TABLE}.",
     ),
     (X, {"num_groups": 0}, ValueError, "num_groups must be 1 or more: got 0."),
     (X, {"num_groups": -2}, ValueError, "num_groups must be 1 or more: got -2."),
@@ -168,6 +169,18 @@ FUNCTION = [
     ),
     (
         X,
+        {"axis_name": "a", "axis_index_groups": 3},
+        TypeError,
+        "axis_index_groups must be a sequence of groups of indices: got 3.",
+    ),
+    (
+        X,
+        {"activation": lambda y: y.sum()},
+        ValueError,
+        "activation must be elementwise: got shape () for an x of shape (2, 3, 12).",
+    ),
+    (
+        X,
         {"axis_index_groups": ((0, 1),)},
         ValueError,
         "axis_index_groups needs axis_name: got ((0, 1),) with axis_name=None.",
@@ -201,7 +214,7 @@ LAYER = [
         {"num_groups": None, "group_size": 5},
         ValueError,
         "group_size must divide the channels: got group_size=5 for 12 channels; "
-        "the nearest that do are 4 and 6.",
+        f"the nearest that do are 4 and 6 {TABLE}.",
     ),
     (
         {"num_groups": None, "group_size": 0},
@@ -217,7 +230,7 @@ LAYER = [
         {},
         ValueError,
         "num_groups must divide the channels: got num_groups=32 for 12 channels; "
-        "the nearest that do are 12.",
+        f"the nearest that do are 12 {TABLE}.",
     ),
 ]
 

@@ -6,7 +6,7 @@ import chex
 import jax
 import numpy as np
 import pytest
-from cases import EVERY_CASE, on_a_mesh, random
+from cases import EVERY_CASE, members, on_a_mesh, random
 from oracle import tolerance
 
 from jgn._axes import resolve_axes
@@ -22,16 +22,6 @@ def parts_of(x, num_groups, channel_axis=-1, reduction_axes=None):
     axes = resolve_axes(x.ndim, channel_axis, reduction_axes)
     positions = Positions(x, axes)
     return positions, Groups(x, axes, positions, num_groups)
-
-
-def members(shape, num_groups, channel_axis=-1, reduction_axes=None):
-    """The number of its own group for every element of x."""
-    axes = resolve_axes(len(shape), channel_axis, reduction_axes)
-    size = shape[axes.channel] // num_groups
-    coordinates = np.indices(shape)
-    coordinates[axes.channel] //= size
-    kept = [*axes.batch, axes.channel]
-    return np.ravel_multi_index([coordinates[axis] for axis in kept], [shape[a] for a in kept])
 
 
 @EVERY_CASE

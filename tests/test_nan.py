@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from cases import random
+from cases import on_a_mesh, random
 
 import jgn
 
@@ -44,6 +44,26 @@ def test_what_is_not_finite_stays_in_its_sample_and_group(name, value, place):
     assert not np.isfinite(y[place])
     for actual, expected in zip((y, gradient), clean, strict=True):
         assert not np.isfinite(actual[own]).all(), "the group shows that its statistics are void"
+        np.testing.assert_array_equal(actual[~own], expected[~own])
+
+
+# With so many positions, sums go by blocks of blocks, and products give a value a channel at once.
+@pytest.mark.parametrize("placed", [np.asarray, on_a_mesh])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_the_same_with_many_positions_and_on_a_mesh(value, placed):
+    x, cotangent = random((3, 30, 20, 12)), random((3, 30, 20, 12), 3)
+
+    @jax.jit
+    def value_and_gradient(x):
+        y, vjp = jax.vjp(lambda x: jgn.group_norm(x, GROUPS, SCALE, BIAS), x)
+        return y, vjp(cotangent)[0]
+
+    clean = value_and_gradient(placed(x))
+    x[1, 23, 7, 7] = value
+    own = np.zeros(x.shape, bool)
+    own[1, ..., 6:9] = True
+    for actual, expected in zip(value_and_gradient(placed(x)), clean, strict=True):
+        assert not np.isfinite(actual[own]).any()
         np.testing.assert_array_equal(actual[~own], expected[~own])
 
 

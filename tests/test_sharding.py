@@ -21,6 +21,7 @@ COTANGENT = np.random.default_rng(1).normal(size=SHAPE).astype(np.float32)
 ALIGNED, SPANNING = 8, 2  # groups: one a device when the channels are split, or one over four
 
 AXIS_TYPES = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "c64": 8}
 COLLECTIVE = re.compile(r"= (.+?) (all-|collective-|reduce-scatter|ragged-)[\w-]*\(")
 
 pytestmark = pytest.mark.skipif(
@@ -37,8 +38,8 @@ def collectives(compiled):
     """The bytes of every collective of a compiled program."""
     return [
         sum(
-            4 * math.prod(int(size) for size in sizes.split(",") if size)
-            for sizes in re.findall(r"f32\[([\d,]*)\]", result)
+            BYTES[kind] * math.prod(int(size) for size in sizes.split(",") if size)
+            for kind, sizes in re.findall(r"(\w+)\[([\d,]*)\]", result)
         )
         for result, _ in COLLECTIVE.findall(compiled.as_text())
     ]
@@ -140,8 +141,26 @@ def test_split_space_needs_two_small_all_reduces_and_one_more_backward(layout, a
     assert len(both) == 3
 
 
+@pytest.mark.parametrize("size", [24, 120, 128, 224])
+@pytest.mark.parametrize("told_by", ["its place", "in_shardings and the mesh"])
+def test_however_long_a_split_axis_only_moments_travel(size, told_by):
+    mesh = mesh_of(AxisType.Auto, a=8)
+    sharding = NamedSharding(mesh, P(None, "a"))
+    x = np.zeros((2, size, 8, 16), np.float32)
+    if told_by == "its place":
+        compiled = jax.jit(lambda x: jgn.group_norm(x, 4)).lower(jax.device_put(x, sharding))
+    else:
+        with jax.set_mesh(mesh):
+            compiled = jax.jit(lambda x: jgn.group_norm(x, 4), in_shardings=sharding).lower(x)
+    sums_of_a_sample, sums = collectives(compiled.compile())
+    assert sums == 2 * sums_of_a_sample == 2 * 2 * 16 * x.itemsize
+
+
 @AXIS_TYPES
-@pytest.mark.parametrize("layout", ["channels", "space and channels", "both axes on channels"])
+@pytest.mark.parametrize(
+    "layout",
+    ["channels", "batch and channels", "space and channels", "both axes on channels"],
+)
 def test_groups_over_several_devices_exchange_moments_only(layout, axis_type):
     sizes, spec = LAYOUTS[layout]
     mesh = mesh_of(axis_type, **sizes)
@@ -150,23 +169,28 @@ def test_groups_over_several_devices_exchange_moments_only(layout, axis_type):
         assert 0 < sum(traffic) < 0.05 * X.nbytes
 
 
-@pytest.mark.parametrize("spec", [P("a"), P(None, None, None, "a")])
-@pytest.mark.parametrize("num_groups", [ALIGNED, SPANNING])
-def test_the_layer_works_on_explicit_meshes(spec, num_groups):
-    mesh = mesh_of(AxisType.Explicit, a=8)
+@CASES
+def test_the_layer_works_on_explicit_meshes(layout, num_groups):
+    sizes, spec = LAYOUTS[layout]
+    mesh = mesh_of(AxisType.Explicit, **sizes)
     x = jax.device_put(X, NamedSharding(mesh, spec))
     layer = jgn.GroupNorm(num_groups)
+
+    def value_and_gradients(variables, x):
+        def loss(variables, x):
+            y = layer.apply(variables, x)
+            return (y**3).sum(), y
+
+        gradients, y = jax.grad(loss, (0, 1), has_aux=True)(variables, x)
+        return y, gradients
+
     with jax.set_mesh(mesh):
         variables = layer.init(jax.random.key(0), x)
-        gradient = jax.jit(jax.grad(lambda v: (layer.apply(v, x) ** 3).sum()))(variables)
-    expected = jax.grad(lambda v: (layer.apply(v, X) ** 3).sum())(
-        jax.tree.map(np.asarray, variables)
-    )
-    for name in ("scale", "bias"):
-        wanted = np.asarray(expected["params"][name])
-        np.testing.assert_allclose(
-            gradient["params"][name], wanted, rtol=0, atol=1e-4 * np.abs(wanted).max()
-        )
+        actual = jax.jit(value_and_gradients)(variables, x)
+    expected = jax.jit(value_and_gradients)(jax.tree.map(np.asarray, variables), X)
+    for found, wanted in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        atol = 1e-4 * np.abs(wanted).max()
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -192,23 +216,35 @@ def test_shared_statistics_equal_the_unsharded_ones(masked, check_vma):
 
     np.testing.assert_allclose(sharded(X, mask), whole(X, mask), rtol=0, atol=5e-6)
     np.testing.assert_allclose(gradient(sharded), gradient(whole), rtol=0, atol=5e-6)
-    assert len(collectives(jax.jit(sharded).lower(X, mask).compile())) <= 2
+    moments = 3 * SHAPE[0] * SHAPE[-1] * X.itemsize  # of every channel at most
+    forward = collectives(jax.jit(sharded).lower(X, mask).compile())
+    assert len(forward) == 2
+    assert sum(forward) <= moments
+    gradient_of = jax.jit(jax.grad(lambda x: (COTANGENT * mask * sharded(x, mask)).sum()))
+    both = collectives(gradient_of.lower(X).compile())
+    assert len(both) == 3
+    assert sum(both) <= 2 * moments
 
 
 def test_index_groups_share_statistics_among_themselves():
     mesh = mesh_of(AxisType.Auto, a=8)
     halves = [[0, 1, 2, 3], [4, 5, 6, 7]]
-    y = jax.shard_map(
+    shared = jax.shard_map(
         lambda x: jgn.group_norm(x, ALIGNED, axis_name="a", axis_index_groups=halves),
         mesh=mesh,
         in_specs=P(None, "a"),
         out_specs=P(None, "a"),
         check_vma=False,  # psum itself supports index groups only so.
-    )(X)
-    expected = np.concatenate(
-        [jgn.group_norm(half, ALIGNED) for half in np.split(X, 2, axis=1)], axis=1
     )
-    np.testing.assert_allclose(y, expected, rtol=0, atol=5e-6)
+
+    def apart(x):
+        return jnp.concatenate([jgn.group_norm(half, ALIGNED) for half in jnp.split(x, 2, 1)], 1)
+
+    def gradient(function):
+        return jax.jit(jax.grad(lambda x: (COTANGENT * function(x)).sum()))(X)
+
+    np.testing.assert_allclose(shared(X), apart(X), rtol=0, atol=5e-6)
+    np.testing.assert_allclose(gradient(shared), gradient(apart), rtol=0, atol=5e-6)
 
 
 def test_an_axis_of_vmap_can_share_statistics():

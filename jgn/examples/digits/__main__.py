@@ -9,6 +9,7 @@ import sys
 
 import jax
 import numpy as np
+from flax import serialization
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -85,8 +86,10 @@ def _train(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             )
         run.write("metrics.json", json.dumps({**settings, "history": history}, indent=2).encode())
         run.write("curves.png", _curves(history))
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        run.write("variables.msgpack", serialization.to_bytes(jax.device_get(variables)))
     print(f"test accuracy {history[-1]['test_accuracy']:.2%}")
-    print(f"metrics.json, curves.png and the checkpoints are in {options.out}")
+    print(f"metrics.json, curves.png, variables.msgpack and the checkpoints are in {options.out}")
     return 0
 
 
