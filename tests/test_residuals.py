@@ -78,6 +78,21 @@ def test_a_scan_over_layers_keeps_each_layers_x(dtype):
     assert x_bytes <= kept <= 1.02 * x_bytes
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nn_scan_over_layers_keeps_each_layers_x(dtype):
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return jgn.GroupNorm(32, activation=nn.silu)(x), None
+
+    x, layers = abstract((4, 28, 28, 128), dtype), 3
+    scan = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=layers)
+    variables = jax.eval_shape(scan().init, jax.random.key(0), x, None)
+    kept = bytes_kept(lambda variables, x: scan().apply(variables, x, None)[0], variables, x)
+    x_bytes = layers * x.size * x.dtype.itemsize
+    assert x_bytes <= kept <= 1.02 * x_bytes
+
+
 def test_the_layer_keeps_what_the_function_keeps():
     x = abstract((4, 28, 28, 128), "bfloat16")
     layer = jgn.GroupNorm(32, activation=nn.silu)

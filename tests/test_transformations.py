@@ -58,6 +58,8 @@ def test_nested_vmap_over_frames_of_videos():
     y = jax.vmap(jax.vmap(one_sample))(video)
     chex.assert_trees_all_close(y, norm(video, reduction_axes=(2, 3, 4)), **CLOSE)
     chex.assert_trees_all_close(y.reshape(SHAPE), norm(X), **CLOSE)
+    gradient = jax.grad(lambda video: (jax.vmap(jax.vmap(one_sample))(video) ** 3).sum())(video)
+    chex.assert_trees_all_close(gradient.reshape(SHAPE), jax.grad(loss)(X), **CLOSE)
 
 
 def test_vmap_over_an_ensemble_of_parameters():
@@ -109,7 +111,8 @@ def test_hessian_vector_products_agree_in_every_mode():
 
 
 def test_checkpoint_around_it():
-    gradient = jax.grad(lambda x: jax.checkpoint(loss)(x))(X)
+    value, gradient = jax.value_and_grad(lambda x: jax.checkpoint(loss)(x))(X)
+    chex.assert_trees_all_close(value, loss(X), rtol=1e-5)
     chex.assert_trees_all_close(gradient, jax.grad(loss)(X), **CLOSE)
 
 
@@ -172,6 +175,8 @@ def test_a_donated_input_becomes_the_output():
     expected = norm(X)
     chex.assert_trees_all_close(compiled(donated), expected, **CLOSE)
     assert donated.is_deleted()
+    gradient = jax.jit(jax.grad(loss), donate_argnums=0)(jnp.array(X))
+    chex.assert_trees_all_close(gradient, jax.grad(loss)(X), **CLOSE)
 
 
 @pytest.mark.parametrize(
