@@ -196,6 +196,16 @@ def test_on_two_devices_it_learns_the_same_and_goes_on_with_one(tmp_path, uninte
     np.testing.assert_allclose(*losses, rtol=1e-3)
 
 
+def test_the_batch_is_split_over_as_many_devices_as_asked_for():
+    program = (
+        "from jgn.examples.digits.__main__ import _parser, _shardings\n"
+        "replicated, split = _shardings(2, _parser())\n"
+        "assert len(split.device_set) == len(replicated.device_set) == 2\n"
+        "assert split.spec == ('batch',) and not replicated.spec\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, env=ENVIRONMENT, timeout=120)
+
+
 def test_a_full_disk_ends_it_and_keeps_the_epochs_before(tmp_path, uninterrupted):
     out = tmp_path / "run"
     stop(out, 1, signal.SIGKILL)
