@@ -10,13 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Num
 
 from jgn._axes import Axes, check_num_groups, resolve_axes
 from jgn._groups import Groups
-from jgn._moments import RESIDUAL, Shards, moments
+from jgn._moments import RESIDUAL, Reduction, Shards, kept, mean, variance
 from jgn._positions import Positions
 
 
@@ -133,30 +133,7 @@ def group_norm(
         "output_dtype",
     ),
 )
-def _group_norm(x, scale, bias, mask, *, activation, compute_dtype, output_dtype, **options):
-    if math.prod(x.shape) == 0:
-        return jnp.zeros(x.shape, output_dtype)
-
-    # The barriers of prevent_cse keep XLA from merging the differences x − k of the forward pass
-    # with those of the backward pass, which would keep a second array of x's size in between.
-    @functools.partial(
-        jax.checkpoint,
-        policy=jax.checkpoint_policies.save_only_these_names(RESIDUAL),
-        prevent_cse=True,
-    )
-    def normalized(x, scale, bias):
-        y = _normalize(x.astype(compute_dtype), scale, bias, mask, **options)
-        y = y if activation is None else activation(y)
-        if y.shape != x.shape:
-            raise ValueError(
-                f"activation must be elementwise: got shape {y.shape} for an x of shape {x.shape}."
-            )
-        return y.astype(output_dtype)
-
-    return normalized(x, scale, bias)
-
-
-def _normalize(
+def _group_norm(
     x: Array,
     scale: Array | None,
     bias: Array | None,
@@ -166,24 +143,72 @@ def _normalize(
     epsilon: float,
     axes: Axes,
     shards: Shards,
+    activation: Callable[[Array], Array] | None,
+    compute_dtype: Any,
+    output_dtype: Any,
 ) -> Array:
+    if math.prod(x.shape) == 0:
+        return jnp.zeros(x.shape, output_dtype)
     if mask is not None:
         mask = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
+
+    def widened(x: Array) -> Array:
+        x = x.astype(compute_dtype)
+        if mask is None:
+            return x
         # So that 0 · x = 0 under the mask, whatever multiplies x in the backward pass.
-        x = jnp.where(mask | (jnp.abs(x) < math.sqrt(jnp.finfo(x.dtype).max)), x, 0)
+        return jnp.where(mask | (jnp.abs(x) < math.sqrt(jnp.finfo(x.dtype).max)), x, 0)
 
-    positions = Positions(x, axes)
-    groups = Groups(x, axes, positions, num_groups)
-    pivot, mean, variance = moments(x, positions, groups, mask, shards)
+    # The identity holds for every k, so stopping its gradient changes no derivative of any order.
+    constant = widened(lax.stop_gradient(x))
+    reduction = Reduction(
+        Positions(constant, axes), Groups(constant, axes, num_groups), mask, shards
+    )
+    k, n = reduction.near_mean(constant), reduction.number(constant)
 
-    # y = scale · (x − μ) / √(σ² + ε) + bias = (x − pivot) · a + b
-    a = groups.spread(_inverse_sqrt(variance + epsilon)).astype(x.dtype)
-    if scale is not None:
-        a = a * _per_channel(scale.astype(x.dtype), axes)
-    b = -mean * a
-    if bias is not None:
-        b = b + _per_channel(bias.astype(x.dtype), axes)
-    a, b = positions.spread(a, b)
+    # The barrier before x keeps XLA from merging the differences x − k of the forward pass with
+    # those of the backward pass, which would keep a second array of x's size in between.
+    @functools.partial(
+        jax.checkpoint,
+        policy=jax.checkpoint_policies.save_only_these_names(RESIDUAL),
+        prevent_cse=(True, False, False, False, False),
+    )
+    def normalized(x, k, n, scale, bias):
+        scale = None if scale is None else _per_channel(scale.astype(compute_dtype), axes)
+        bias = None if bias is None else _per_channel(bias.astype(compute_dtype), axes)
+        y = _normalize(widened(x), k, n, scale, bias, reduction, epsilon)
+        y = y if activation is None else activation(y)
+        if y.shape != x.shape:
+            raise ValueError(
+                f"activation must be elementwise: got shape {y.shape} for an x of shape {x.shape}."
+            )
+        return y.astype(output_dtype)
+
+    return normalized(x, k, n, scale, bias)
+
+
+def _normalize(
+    x: Array,
+    k: Array,
+    n: Array,
+    scale: Array | None,
+    bias: Array | None,
+    reduction: Reduction,
+    epsilon: float,
+) -> Array:
+    """y = scale · (x − μ) / √(σ² + ε) + bias = (x − pivot) · a + b."""
+    sum_d, sum_d2 = map(kept, reduction.sums(x, k))
+    r = _inverse_sqrt(variance(n, sum_d, sum_d2) + epsilon)
+
+    sum_d, r = reduction.to_channels(sum_d, r)
+    k, n = reduction.groups.spread(k), reduction.groups.spread(n)
+    pivot, rest = mean(k, n, sum_d)
+    a = r.astype(x.dtype)
+    a = a if scale is None else a * scale
+    b = -rest * a
+    b = b if bias is None else b + bias
+
+    a, b = reduction.to_positions(a, b)
     return (x - pivot) * a + b
 
 

@@ -11,34 +11,30 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from jgn._axes import Axes
-from jgn._positions import Positions, is_on_one_cpu, partitions
+from jgn._positions import is_on_one_cpu, partitions
 
-# With so many, three values a channel in float32 are at most 1 % of an x in bfloat16.
-MANY_POSITIONS = 600
+# How many elements a vectorized loop of XLA:CPU takes at once. A plain broadcast from groups to
+# channels is fused into the loop over x, which for groups of another size divides an index for each
+# element, dearer than the rest of the loop.
+LANES = 8
 
 
 class Groups:
     """The groups of x's channels: from a value a channel to its sum over a group, and back.
 
-    XLA:CPU would fuse a plain broadcast from groups to channels, which is also the transpose of a
-    plain sum, into the loop over x: an integer division of the channel index for each element,
-    dearer than the rest of the loop. So there, sums are products with a matrix of two columns, ones
-    and zeros, and broadcasts products with its transpose. A product of inner size 2 is not fused.
+    Where a plain broadcast is dear, a broadcast is a product with a matrix of two columns, ones and
+    zeros, as a product of inner size 2 is not fused; and a sum, whose transpose is a broadcast, the
+    product with the transpose.
     """
 
-    def __init__(self, x: Array, axes: Axes, positions: Positions, num_groups: int):
+    def __init__(self, x: Array, axes: Axes, num_groups: int):
         channels = x.shape[axes.channel]
         self._axes = axes
         self._num_groups = num_groups
         self._size = channels // num_groups
         self._combines_channels = 1 < num_groups < channels
-        self._multiplies = is_on_one_cpu(x)
-        # Both products in one save time, and what they give is kept for the backward pass: a value
-        # a channel, where that is little beside x.
-        number = positions.number
-        self._sums_for_channels = (
-            self._multiplies and isinstance(number, int) and number >= MANY_POSITIONS
-        )
+        in_the_innermost_loop = axes.channel == x.ndim - 1
+        self._multiplies = in_the_innermost_loop and self._size % LANES != 0 and is_on_one_cpu(x)
         sharding = jax.typeof(x).sharding
         self._channel_sharding = sharding.spec[axes.channel]
         self._span_devices = num_groups % partitions(sharding, axes.channel) != 0
@@ -55,15 +51,11 @@ class Groups:
         grouped = self._split(per_channel)
         if not self._multiplies:
             return grouped.sum(-1, keepdims=True)
-        ones_and_zeros = _first_of_two(self._size, per_channel.dtype)
-        two_columns = _matmul(grouped, ones_and_zeros, 0)
-        if self._sums_for_channels:
-            return self._join(_matmul(two_columns, ones_and_zeros, 1))
-        return two_columns[..., :1]
+        return _matmul(grouped, _first_of_two(self._size, grouped.dtype), 0)[..., :1]
 
     def spread(self, per_group: Array) -> Array:
         """Gives every channel its group's value, in x's rank: ones for the axes of no change."""
-        if not self._combines_channels or self._sums_for_channels:
+        if not self._combines_channels or per_group.ndim == 0:
             return per_group
         if not self._multiplies:
             shape = (*per_group.shape[:-1], self._size)

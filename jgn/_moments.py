@@ -1,4 +1,4 @@
-"""Shifted moments of every group: the mean and the variance of x around a pivot k.
+"""Shifted moments of every group: the mean and the variance of x around a number k.
 
 With d = x − k, every k gives the same moments,
 
@@ -9,12 +9,9 @@ u being the unit roundoff. Here k is the mean of at least one in `STRIDE` of the
 and the mean of s out of n numbers is never further from their mean than (k − μ)² ≤ (n/s) · σ²
 (Cauchy-Schwarz). So no input whatever makes that error larger than (1 + STRIDE) · u for each time
 that the sums round. The textbook's E[x²] − E[x]² is the same with k = 0, and has no bound.
-
-The output is taken around another pivot, μ as exactly as its dtype has it. In a group of equal
-elements that is their value, whatever the sums that led there have rounded, and x − pivot = 0.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -24,19 +21,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jgn._groups import Groups
 from jgn._positions import Positions
 
-# One position in so many decides the pivot: 2 % of a pass over x, and an error of at most 65 u.
+# One position in so many decides k: 2 % of a pass over x, and an error of at most 65 u.
 STRIDE = 64
 
-# The name of what autodiff keeps for the backward pass besides x: a few numbers a group.
-RESIDUAL = "group_norm_moments"
-
-
-class Moments(NamedTuple):
-    """μ, in two parts, of every channel's group, and σ² of every group."""
-
-    pivot: Array  # μ rounded
-    mean: Array  # E[x − pivot], what rounding left of μ
-    variance: Array  # still to be spread to the channels
+# The name of what autodiff keeps for the backward pass besides x, k and the parameters.
+RESIDUAL = "group_norm_sums"
 
 
 class Shards(NamedTuple):
@@ -45,57 +34,77 @@ class Shards(NamedTuple):
     axis_name: str | tuple[str, ...] | None
     axis_index_groups: tuple[tuple[int, ...], ...] | None
 
-    def sum(self, values: tuple[Array, ...]) -> tuple[Array, ...]:
+    def sum(self, *values: Array) -> Sequence[Array]:
         if self.axis_name is None:
             return values
         return lax.psum(values, self.axis_name, axis_index_groups=self.axis_index_groups)
 
 
-def moments(
-    x: Array, positions: Positions, groups: Groups, mask: Array | None, shards: Shards
-) -> Moments:
-    """Moments of every group of x, over all shards, counting the elements where mask is True."""
-    # The identity holds for every k, so stopping its gradient changes no derivative of any order.
-    sample = lax.stop_gradient(x if mask is not None else positions.sample(x, STRIDE))
-    count, total = shards.sum(
-        (groups.count(sample, mask), groups.sum(positions.sum(_where(mask, sample, 0))))
-    )
-    k = groups.spread(_kept(total / jnp.maximum(count, 1).astype(x.dtype)))
+class Reduction(NamedTuple):
+    """What is summed for a group: its positions and channels, on all shards, where mask is True."""
 
-    d = x - k
-    sum_d, sum_d2 = positions.sums(_where(mask, d, 0), _where(mask, _squared_magnitude(d), 0))
-    count, sum_d, sum_d2 = shards.sum(
-        (groups.count(x, mask), groups.sum(sum_d), groups.sum(sum_d2))
-    )
-    n = jnp.maximum(count, 1)
-    sum_d, mean_square = _kept(sum_d), _kept(sum_d2 / n)
-    variance = mean_square - _squared_magnitude(sum_d / n.astype(x.dtype))
+    positions: Positions
+    groups: Groups
+    mask: Array | None
+    shards: Shards
+
+    def near_mean(self, x: Array) -> Array:
+        """k of every group."""
+        sample = x if self.mask is not None else self.positions.sample(x, STRIDE)
+        total = self.groups.sum(self.positions.sum(self._where_counted(sample)))
+        count, total = self.shards.sum(self.groups.count(sample, self.mask), total)
+        return total / jnp.maximum(count, 1).astype(x.dtype)
+
+    def number(self, x: Array) -> Array:
+        """n: how many elements of every group count, but at least 1."""
+        (count,) = self.shards.sum(self.groups.count(x, self.mask))
+        return jnp.maximum(count, 1)
+
+    def sums(self, x: Array, k: Array) -> Sequence[Array]:
+        """Σd and Σ|d|² of every group."""
+        d = self._where_counted(x - self.groups.spread(k))
+        sums = map(self.groups.sum, self.positions.sums(d, _squared_magnitude(d)))
+        return self.shards.sum(*self.positions.parts(tuple(sums)))
+
+    def to_channels(self, u: Array, v: Array) -> Sequence[Array]:
+        """Gives every channel its group's u and v."""
+        spread = map(self.groups.spread, self.positions.pair(u, v))
+        return self.positions.parts(tuple(spread))
+
+    def to_positions(self, u: Array, v: Array) -> Sequence[Array]:
+        """Gives every position its channel's u and v."""
+        return self.positions.spread(self.positions.pair(u, v))
+
+    def _where_counted(self, values: Array) -> Array:
+        return values if self.mask is None else jnp.where(self.mask, values, 0)
+
+
+def kept(per_group: Array) -> Array:
+    """Names it for `jax.checkpoint`; by parts, as that fails on complex values."""
+    if jnp.iscomplexobj(per_group):
+        return lax.complex(kept(per_group.real), kept(per_group.imag))
+    return checkpoint_name(per_group, RESIDUAL)
+
+
+def variance(n: Array, sum_d: Array, sum_d2: Array) -> Array:
+    """σ² of every group."""
+    value = sum_d2 / n - _squared_magnitude(sum_d / n.astype(sum_d.dtype))
     # Rounding can put σ² = 0 just below. A maximum would halve the derivative at exactly 0.
-    variance = jnp.where(variance < 0, 0, variance)
-
-    n = n.astype(x.dtype)
-    n, sum_d = n if mask is None else groups.spread(n), groups.spread(sum_d)
-    pivot = lax.stop_gradient(k + sum_d / n)
-    return Moments(pivot, (sum_d - n * (pivot - k)) / n, variance)
+    return jnp.where(value < 0, 0, value)
 
 
-def _kept(per_group: Array) -> Array:
-    # By parts, as jax.checkpoint fails on complex values that it is to keep.
-    return _by_parts(lambda part: checkpoint_name(part, RESIDUAL), per_group)
+def mean(k: Array, n: Array, sum_d: Array) -> tuple[Array, Array]:
+    """μ in two parts: rounded, without a gradient, and what rounding has left of it.
 
-
-def _where(mask: Array | None, values: Array, otherwise: float) -> Array:
-    return values if mask is None else jnp.where(mask, values, otherwise)
+    x minus the first is exact for x near μ. In a group of equal elements it is their value,
+    whatever the sums that led there have rounded, and the second is 0.
+    """
+    n = n.astype(sum_d.dtype)
+    rounded = lax.stop_gradient(k + sum_d / n)
+    return rounded, (sum_d - n * (rounded - k)) / n
 
 
 def _squared_magnitude(d: Array) -> Array:
     if jnp.iscomplexobj(d):
         return jnp.square(d.real) + jnp.square(d.imag)
     return jnp.square(d)
-
-
-def _by_parts(function: Callable[[Array], Array], x: Array) -> Array:
-    """Applies a function of real arrays to the real and the imaginary part of x."""
-    if jnp.iscomplexobj(x):
-        return lax.complex(function(x.real), function(x.imag))
-    return function(x)

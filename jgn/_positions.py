@@ -4,8 +4,8 @@ XLA:CPU makes every sum in a pass of its own, and takes about as long again for 
 to its terms. Only a sum of a few elements becomes part of a vectorized loop, along with its terms.
 So on a CPU the spatial axes are summed block by block, and what that leaves again, until little is
 left: the first of these sums is the only one over an array of x's size. It takes two arrays at
-once, as the real and the imaginary part of one. Other backends get plain sums, which they fuse by
-themselves.
+once, as the real and the imaginary part of one, and so does what follows, down to the groups. Other
+backends get plain sums, which they fuse by themselves.
 """
 
 import math
@@ -55,6 +55,10 @@ class Block(NamedTuple):
         return x.shape[: self.axis], x.shape[self.axis], x.shape[self.axis + 1 :]
 
 
+# Two arrays, or where there are blocks a complex one of which they are the parts, in either order.
+Pair = tuple[Array, ...]
+
+
 class Positions:
     """The spatial axes of x, and the blocks by which they are summed where that is faster."""
 
@@ -64,27 +68,46 @@ class Positions:
         in_blocks = is_on_one_cpu(x) and not jnp.iscomplexobj(x)
         self._blocks = _blocks(x.shape, axes.spatial) if in_blocks else []
 
-    @property
-    def number(self) -> int:
-        return math.prod(self._shape[axis] for axis in self._spatial)
-
     def sum(self, x: Array) -> Array:
         """Σx over all positions, with ones in place of the spatial axes."""
         return x.sum(self._spatial, keepdims=True)
 
-    def sums(self, u: Array, v: Array) -> tuple[Array, Array]:
+    def sums(self, u: Array, v: Array) -> Pair:
         """Σu and Σv over all positions, with ones in place of the spatial axes."""
-        u, v = _sums(u, v, self._blocks)
-        return self.sum(u), self.sum(v)
-
-    def spread(self, a: Array, b: Array) -> tuple[Array, Array]:
-        """Gives every position a and b, at most one value a channel; the transpose of `sums`."""
         if not self._blocks:
-            return a, b  # They broadcast by themselves.
+            return self.sum(u), self.sum(v)
+        both = lax.complex(u, v)
+        for block in self._blocks:
+            both = _exchanged(block.sum(both))
+        return (self.sum(both),)
+
+    def spread(self, pair: Pair) -> Pair:
+        """Gives every position the two values of its channel; the transpose of `sums`."""
+        if not self._blocks:
+            return pair  # They broadcast by themselves.
+        (both,) = pair
         shape = list(self._shape)
         for block in self._blocks:
             shape[block.axis] //= block.size
-        return _spread(jnp.broadcast_to(a, shape), jnp.broadcast_to(b, shape), self._blocks)
+        both = jnp.broadcast_to(both, shape)
+        for block in reversed(self._blocks):
+            both = block.spread(_exchanged(both))
+        return both.real, both.imag
+
+    def pair(self, u: Array, v: Array) -> Pair:
+        """Two values a channel or a group as `sums` gives them."""
+        if not self._blocks:
+            return u, v
+        both = lax.complex(u, v)
+        return (_exchanged(both) if len(self._blocks) % 2 else both,)
+
+    def parts(self, pair: Pair) -> Pair:
+        """The two values of a pair."""
+        if not self._blocks:
+            return pair
+        (both,) = pair
+        both = _exchanged(both) if len(self._blocks) % 2 else both
+        return both.real, both.imag
 
     def sample(self, x: Array, one_in: int) -> Array:
         """At least one in so many positions of x, skipping along the first spatial axes first."""
@@ -151,19 +174,6 @@ def _blocks(shape: Sequence[int], spatial: Sequence[int]) -> list[Block]:
     return blocks if blocks and blocks[0].size >= SMALLEST_BLOCK else []
 
 
-def _sums(u: Array, v: Array, blocks: Sequence[Block]) -> tuple[Array, Array]:
-    if not blocks:
-        return u, v
-    both = blocks[0].sum(lax.complex(u, v))
-    # The parts change places, as XLA would make one long sum of two short ones.
-    v, u = _sums(both.imag, both.real, blocks[1:])
-    return u, v
-
-
-def _spread(a: Array, b: Array, blocks: Sequence[Block]) -> tuple[Array, Array]:
-    """`_sums` backwards, step by step, so that its transpose takes the same steps."""
-    if not blocks:
-        return a, b
-    b, a = _spread(b, a, blocks[1:])
-    both = blocks[0].spread(lax.complex(a, b))
-    return both.real, both.imag
+def _exchanged(x: Array) -> Array:
+    """The parts in the other places, without which XLA makes one long sum of two short ones."""
+    return lax.complex(x.imag, x.real)
