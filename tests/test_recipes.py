@@ -1,10 +1,11 @@
 """What the README's recipes claim: one residual, padding without effect, serving without jgn."""
 
 import os
+import pathlib
+import re
 import subprocess
 import sys
 import textwrap
-import warnings
 
 import flax.linen as nn
 import jax
@@ -139,7 +140,7 @@ FILES = ("digits.stablehlo", "images.npy", "logits.npy")
 
 @pytest.fixture(scope="module")
 def trained():
-    """The digits network after three epochs, as a function of images; and images to test it."""
+    """The digits network, its variables after three epochs, and images to test it."""
     digits = pytest.importorskip("jgn.examples.digits")
     train, test = digits.load()
     network = digits.Network(channels=16)
@@ -150,15 +151,15 @@ def trained():
             key = jax.random.key(epoch)
             for batch in digits.shuffled_batches(key, len(train.labels), 32):
                 state, *_ = digits.train_step(state, key, train.images[batch], train.labels[batch])
-    params = jax.device_get(state.params)
-    return lambda images: network.apply({"params": params}, images), test
+    return network, {"params": jax.device_get(state.params)}, test
 
 
 def test_a_fresh_process_serves_a_trained_network_from_a_file(trained, tmp_path):
     pytest.importorskip("flatbuffers")
-    network, test = trained
+    network, variables, test = trained
+    predict = jax.jit(lambda images: network.apply(variables, images))
     sizes = jax.export.symbolic_shape("batch, 8, 8, 1")
-    exported = jax.export.export(jax.jit(network))(jax.ShapeDtypeStruct(sizes, "float32"))
+    exported = jax.export.export(predict)(jax.ShapeDtypeStruct(sizes, "float32"))
     (tmp_path / "digits.stablehlo").write_bytes(exported.serialize())
     np.save(tmp_path / "images.npy", test.images)
     subprocess.run(
@@ -168,25 +169,30 @@ def test_a_fresh_process_serves_a_trained_network_from_a_file(trained, tmp_path)
         # One device, as a server has, and not the eight of these tests.
         env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
     )
-    logits, wanted = np.load(tmp_path / "logits.npy"), np.asarray(jax.jit(network)(test.images))
+    logits, wanted = np.load(tmp_path / "logits.npy"), np.asarray(predict(test.images))
     np.testing.assert_allclose(logits, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
     # Trained enough for the answers to mean something.
     assert (logits.argmax(-1) == test.labels).mean() > 0.7
 
 
-@pytest.mark.parametrize("size", [1, 7])
-def test_onnxruntime_computes_what_the_network_does(trained, size):
-    jax2onnx = pytest.importorskip("jax2onnx")
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype.*float64:UserWarning")  # jax2onnx
+def test_onnxruntime_computes_what_the_network_does(trained, tmp_path):
+    """From the README's own lines, for any batch size, in operators that every runtime has."""
+    pytest.importorskip("jax2onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
-    network, test = trained
-    images = test.images[:size]
-    wanted = np.asarray(network(images))
-    with warnings.catch_warnings(), jax.numpy_dtype_promotion("standard"), jax.disable_jit():
-        warnings.simplefilter("ignore")  # jax2onnx asks for float64 where there is none.
-        model = jax2onnx.to_onnx(network, [("batch", 8, 8, 1)])
-    assert {operator.domain for operator in model.opset_import} == {""}
-    session = onnxruntime.InferenceSession(model.SerializeToString())
-    (logits,) = session.run(None, {session.get_inputs()[0].name: images})
-    np.testing.assert_allclose(logits, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+    network, variables, test = trained
+    wanted = np.asarray(network.apply(variables, test.images[:7]))
+    readme = pathlib.Path(__file__).parent.parent / "README.md"
+    (lines,) = re.findall(r"```py\n(.*?)```", readme.read_text(), re.DOTALL)
+    names = {"jax": jax, "network": network, "variables": variables, "file": tmp_path / "digits.x"}
+    with jax.numpy_dtype_promotion("standard"):
+        exec(lines, names)
+    assert {operator.domain for operator in names["model"].opset_import} == {""}
+    session = onnxruntime.InferenceSession(tmp_path / "digits.onnx")
+    for size in (1, 7):
+        (logits,) = session.run(None, {session.get_inputs()[0].name: test.images[:size]})
+        np.testing.assert_allclose(
+            logits, wanted[:size], rtol=0, atol=1e-5 * np.abs(wanted[:size]).max()
+        )
     # It leaves jax as it found it.
-    np.testing.assert_array_equal(network(images), wanted)
+    np.testing.assert_array_equal(network.apply(variables, test.images[:7]), wanted)
