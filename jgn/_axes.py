@@ -1,5 +1,6 @@
 """Which axes of x are batch, spatial and channel, and how its channels form groups."""
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -108,7 +109,8 @@ def positive_integer(value: Any, name: str) -> int:
 
 
 def _divisors(channels: int) -> list[int]:
-    return [divisor for divisor in range(1, channels + 1) if channels % divisor == 0]
+    small = [number for number in range(1, math.isqrt(channels) + 1) if channels % number == 0]
+    return sorted({*small, *(channels // number for number in small)})
 
 
 def _nearest_divisors(channels: int, number: int) -> str:

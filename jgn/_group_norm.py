@@ -309,7 +309,7 @@ def _checked_mask(mask: Any, x: Array) -> Array:
 
 def _checked_epsilon(epsilon: Any) -> float:
     try:
-        if isinstance(epsilon, str | bool):
+        if isinstance(epsilon, str | bytes | bytearray | bool):
             raise TypeError
         value = float(epsilon)
     except OverflowError:

@@ -156,6 +156,6 @@ class GroupNorm(nnx.Module):
 
 def _hashable(value: Any) -> Any:
     """nnx compares layers by their attributes, which a list cannot be."""
-    if isinstance(value, str) or not isinstance(value, Sequence):
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
         return value
     return tuple(map(_hashable, value))

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -214,10 +215,94 @@ def test_a_full_disk_ends_it_and_keeps_the_epochs_before(tmp_path, uninterrupted
     no_large_files = ("sh", "-c", 'ulimit -f 10; exec "$@"', "sh")
     result = run(out, below=no_large_files)
     assert result.returncode == 1
-    assert f"error: cannot save epoch {epochs + 1} in {out}: " in result.stderr
-    assert "the same command goes on from there" in result.stderr
+    assert result.stderr == cannot_save(epochs + 1, out, "File too large")
     assert run(out).returncode == 0
     assert_same_end(out, uninterrupted)
+
+
+def cannot_save(epoch, out, reason):
+    return (
+        f"error: cannot save epoch {epoch} in {out}: {reason}; "
+        "the epochs before it are kept, and the same command goes on from there.\n"
+    )
+
+
+# Mounts of its own, which end with the process; those who are not root become it in there.
+NAMESPACE = ("unshare", "-m" if os.geteuid() == 0 else "-rm", "sh", "-ec")
+
+
+@pytest.fixture
+def mounts(tmp_path):
+    """Skips where no mount can be made."""
+    try:
+        check = [*NAMESPACE, 'mount -t tmpfs tmpfs "$0"', str(tmp_path)]
+        subprocess.run(check, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no mount namespaces: {getattr(error, 'stderr', None) or error}")
+
+
+def size(directory):
+    return sum(len(content) for content in contents(directory).values())
+
+
+def test_a_file_system_without_room_keeps_the_epochs_before(tmp_path, uninterrupted, mounts):
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    disk.mkdir()
+    room = int(1.5 * size(uninterrupted / "checkpoints" / "4"))
+    on_a_small_disk = (
+        'out=$0 kept=$1; shift; mount -t tmpfs -o size=%s tmpfs "$out"; '
+        'code=0; "$@" || code=$?; cp -r "$out/run" "$kept"; exit $code'
+    )
+    below = (*NAMESPACE, on_a_small_disk % room, str(disk), str(kept))
+    result = run(disk / "run", below=below)
+    assert result.returncode == 1
+    assert result.stderr == cannot_save(2, disk / "run", "No space left on device")
+    assert len(finished(kept).history) == 1
+    assert run(kept).returncode == 0
+    assert_same_end(kept, uninterrupted)
+
+
+def by_its_mode(out, _):
+    for directory in (out, out / "checkpoints"):
+        directory.chmod(0o555)
+    if os.geteuid() != 0:
+        return (), "Permission denied"
+    if shutil.which("setpriv") is None:
+        pytest.skip("root may write everywhere")
+    return ("setpriv", "--bounding-set", "-dac_override"), "Permission denied"
+
+
+def by_its_mount(out, request):
+    request.getfixturevalue("mounts")
+    read_only = 'mount --bind "$0" "$0"; mount -o remount,bind,ro "$0"; exec "$@"'
+    return (*NAMESPACE, read_only, str(out)), "Read-only file system"
+
+
+@pytest.mark.parametrize("protected", [by_its_mode, by_its_mount])
+def test_a_read_only_directory_is_named_and_stays_as_it_is(
+    tmp_path, uninterrupted, protected, request
+):
+    out = tmp_path / "run"
+    shutil.copytree(uninterrupted, out)
+    shutil.rmtree(out / "checkpoints" / "4")
+    (out / "metrics.json").unlink()
+    before = contents(out)
+    below, reason = protected(out, request)
+    result = run(out, below=below)
+    assert result.returncode == 1
+    assert result.stdout == f"going on after epoch 3 of 4 in {out}\n"
+    place = out / "checkpoints" / "4.orbax-checkpoint-tmp"
+    assert re.fullmatch(
+        re.escape(cannot_save(4, out, "…")).replace("…", rf"\w+: .*{reason}: '{place}'"),
+        result.stderr,
+    )
+    result = run(out / "new", below=below)
+    assert result.returncode == 1
+    assert re.fullmatch(
+        rf"error: cannot write to {out}/new: .*{reason}: '{out}/new'; choose another with --out.\n",
+        result.stderr,
+    )
+    assert contents(out) == before
 
 
 def refused(capsys, *arguments):
@@ -265,6 +350,7 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path, capsys):
     code, errors = refused(capsys, "--out", tmp_path / "file" / "run")
     assert code == 1
     assert errors.startswith(f"error: cannot write to {tmp_path}/file/run: ")
+    assert errors.endswith("; choose another with --out.\n")
 
 
 # tensorstore's readers outlive orbax's event loop when one of them fails.

@@ -1,6 +1,7 @@
 """Bad input is answered at the door: the rule, what came, and the way out."""
 
 import re
+import time
 
 import jax
 import jax.numpy as jnp
@@ -153,6 +154,15 @@ FUNCTION = [
         (X, {"epsilon": bad}, ValueError, f"epsilon must be finite and not negative: got {bad}.")
         for bad in (np.nan, np.inf)
     ),
+    *(
+        (
+            X,
+            {"epsilon": bad},
+            TypeError,
+            f"epsilon must be a number known when the call is traced: got {bad!r}.",
+        )
+        for bad in (b"4", bytearray(b"4"), True)
+    ),
     (
         X,
         {"epsilon": "small"},
@@ -280,6 +290,18 @@ def test_errors_come_before_any_computation(arguments):
     """An x that no memory holds is refused as fast as a small one, while it is traced."""
     with pytest.raises(ValueError, match="must"):
         jax.eval_shape(lambda x: jgn.group_norm(x, **{"num_groups": 4, **arguments}), IMMENSE)
+
+
+def test_a_billion_channels_are_refused_at_once():
+    text = (
+        "num_groups must divide the channels: got num_groups=3 for 1073741824 channels; the nearest"
+    )
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=f"^{text} that do are 2 and 4 "):
+        jax.eval_shape(
+            lambda x: jgn.group_norm(x, 3), jax.ShapeDtypeStruct((1, 1 << 30), "float32")
+        )
+    assert time.monotonic() - start < 5, "counting to a billion takes a minute"
 
 
 @pytest.mark.parametrize("name", ["num_groups", "epsilon"])

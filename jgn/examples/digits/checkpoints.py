@@ -5,7 +5,9 @@ import json
 import logging
 import os
 import pathlib
+import re
 import sys
+import textwrap
 from typing import Any, NamedTuple
 
 import jax
@@ -46,7 +48,9 @@ class Run:
                 ),
             )
         except OSError as error:
-            raise RunError(f"cannot write to {directory}: {error}.") from error
+            raise RunError(
+                f"cannot write to {directory}: {error}; choose another with --out."
+            ) from error
         self._refuse_stray_checkpoints()
 
     def __enter__(self) -> "Run":
@@ -68,7 +72,7 @@ class Run:
         except Exception as error:  # A full disk comes as any of several types.
             _silence_what_still_runs()
             raise RunError(
-                f"cannot save epoch {epoch} in {self.directory}: {_first_line(error)}; "
+                f"cannot save epoch {epoch} in {self.directory}: {_reason(error)}; "
                 "the epochs before it are kept, and the same command goes on from there."
             ) from error
 
@@ -98,7 +102,10 @@ class Run:
             partial.write_bytes(content)
             os.replace(partial, self.directory / name)
         except OSError as error:
-            raise RunError(f"cannot write {name} in {self.directory}: {error}.") from error
+            raise RunError(
+                f"cannot write {name} in {self.directory}: {error}; "
+                "the finished epochs are kept, and the same command goes on from there."
+            ) from error
 
     def _claim(self, settings: dict[str, Any]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -160,6 +167,13 @@ def _silence_what_still_runs() -> None:
     sys.unraisablehook = lambda _: None
 
 
+def _reason(error: BaseException) -> str:
+    """What the operating system says, where it does: tensorstore wraps it at great length."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code[1])) if code else _first_line(error)
+
+
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    text = f": {textwrap.shorten(lines[0], 300, placeholder=' …')}" if lines else ""
+    return type(error).__name__ + text
