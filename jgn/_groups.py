@@ -31,10 +31,10 @@ class Groups:
         channels = x.shape[axes.channel]
         self._axes = axes
         self._num_groups = num_groups
-        self._size = channels // num_groups
+        self.size = channels // num_groups
         self._combines_channels = 1 < num_groups < channels
         in_the_innermost_loop = axes.channel == x.ndim - 1
-        self._multiplies = in_the_innermost_loop and self._size % LANES != 0 and is_on_one_cpu(x)
+        self._multiplies = in_the_innermost_loop and self.size % LANES != 0 and is_on_one_cpu(x)
         sharding = jax.typeof(x).sharding
         self._channel_sharding = sharding.spec[axes.channel]
         self._span_devices = num_groups % partitions(sharding, axes.channel) != 0
@@ -51,24 +51,24 @@ class Groups:
         grouped = self._split(per_channel)
         if not self._multiplies:
             return grouped.sum(-1, keepdims=True)
-        return _matmul(grouped, _first_of_two(self._size, grouped.dtype), 0)[..., :1]
+        return _matmul(grouped, _first_of_two(self.size, grouped.dtype), 0)[..., :1]
 
     def spread(self, per_group: Array) -> Array:
         """Gives every channel its group's value, in x's rank: ones for the axes of no change."""
         if not self._combines_channels or per_group.ndim == 0:
             return per_group
         if not self._multiplies:
-            shape = (*per_group.shape[:-1], self._size)
+            shape = (*per_group.shape[:-1], self.size)
             return self._join(jnp.broadcast_to(per_group, shape))
         two_columns = jnp.concatenate([per_group, jnp.zeros_like(per_group)], axis=-1)
-        return self._join(_matmul(two_columns, _first_of_two(self._size, per_group.dtype), 1))
+        return self._join(_matmul(two_columns, _first_of_two(self.size, per_group.dtype), 1))
 
     def count(self, x: Array, mask: Array | None) -> Array:
         """How many elements count: one number for all groups, or with a mask one value a group."""
         real = jnp.finfo(x.dtype).dtype
         if mask is None:
             positions = math.prod(x.shape[axis] for axis in self._axes.spatial)
-            return jnp.asarray(positions * self._size, real)
+            return jnp.asarray(positions * self.size, real)
         repeats = math.prod(x.shape[axis] for axis in self._axes.spatial if mask.shape[axis] == 1)
         counted = mask.astype(real).sum(self._axes.spatial, keepdims=True) * repeats
         kept = [1 if axis in self._axes.spatial else size for axis, size in enumerate(x.shape)]
@@ -78,10 +78,10 @@ class Groups:
         last = jnp.moveaxis(per_channel, self._axes.channel, -1)
         if self._span_devices:
             last = _reshard_last(last, None)
-        return last.reshape(*last.shape[:-1], self._num_groups, self._size)
+        return last.reshape(*last.shape[:-1], self._num_groups, self.size)
 
     def _join(self, grouped: Array) -> Array:
-        last = grouped.reshape(*grouped.shape[:-2], self._num_groups * self._size)
+        last = grouped.reshape(*grouped.shape[:-2], self._num_groups * self.size)
         if self._span_devices:
             last = _reshard_last(last, self._channel_sharding)
         return jnp.moveaxis(last, -1, self._axes.channel)

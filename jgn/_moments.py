@@ -21,8 +21,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jgn._groups import Groups
 from jgn._positions import Positions
 
-# One position in so many decides k: 2 % of a pass over x, and an error of at most 65 u.
+# One position in so many decides k: 2 % of a pass over x, and an error of at most 65 u. But so many
+# elements at least, as k would be further than a quarter of σ from μ as a rule.
 STRIDE = 64
+SAMPLE = 32
 
 # The name of what autodiff keeps for the backward pass besides x, k and the parameters.
 RESIDUAL = "group_norm_sums"
@@ -50,10 +52,13 @@ class Reduction(NamedTuple):
 
     def near_mean(self, x: Array) -> Array:
         """k of every group."""
-        sample = x if self.mask is not None else self.positions.sample(x, STRIDE)
+        stride = STRIDE
+        if isinstance(self.positions.number, int):  # Not symbolic.
+            stride = min(STRIDE, max(1, self.positions.number * self.groups.size // SAMPLE))
+        sample = x if self.mask is not None else self.positions.sample(x, stride)
         total = self.groups.sum(self.positions.sum(self._where_counted(sample)))
         count, total = self.shards.sum(self.groups.count(sample, self.mask), total)
-        return total / jnp.maximum(count, 1).astype(x.dtype)
+        return _rounded(total / jnp.maximum(count, 1).astype(x.dtype))
 
     def number(self, x: Array) -> Array:
         """n: how many elements of every group count, but at least 1."""
@@ -100,8 +105,20 @@ def mean(k: Array, n: Array, sum_d: Array) -> tuple[Array, Array]:
     whatever the sums that led there have rounded, and the second is 0.
     """
     n = n.astype(sum_d.dtype)
-    rounded = lax.stop_gradient(k + sum_d / n)
+    rounded = lax.stop_gradient(k + _rounded(sum_d / n))
     return rounded, (sum_d - n * (rounded - k)) / n
+
+
+def _rounded(x: Array) -> Array:
+    """Rounds x, wherever it is computed, in the same way.
+
+    Of two loops that want it XLA:CPU would contract the product that leads to it into a following
+    sum in the one, and not in the other. Then they differ by an ulp, of μ, where μ must cancel.
+    """
+    if jnp.iscomplexobj(x):
+        return lax.complex(_rounded(x.real), _rounded(x.imag))
+    bits = lax.bitcast_convert_type(x, f"int{jnp.finfo(x.dtype).bits}")
+    return lax.bitcast_convert_type(bits & -2, x.dtype)
 
 
 def _squared_magnitude(d: Array) -> Array:

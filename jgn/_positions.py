@@ -68,6 +68,10 @@ class Positions:
         in_blocks = is_on_one_cpu(x) and not jnp.iscomplexobj(x)
         self._blocks = _blocks(x.shape, axes.spatial) if in_blocks else []
 
+    @property
+    def number(self) -> int:
+        return math.prod(self._shape[axis] for axis in self._spatial)
+
     def sum(self, x: Array) -> Array:
         """Σx over all positions, with ones in place of the spatial axes."""
         return x.sum(self._spatial, keepdims=True)

@@ -249,3 +249,19 @@ def test_a_group_of_one_element_has_no_gradient():
     # r · (a − a): each of the two terms is rounded, or neither.
     size = Oracle(x, 12).gradient_terms(cotangent)
     np.testing.assert_allclose(gradient, 0 * x, atol=tolerance("float32", 1) * size)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("n", [6, 10, 12, 14, 24, 40, 96, 200])
+def test_a_large_mean_costs_small_groups_no_digits_of_their_gradient(n, masked):
+    """XLA:CPU multiplies by 1/n, and contracts that into a following sum in some loops only."""
+    x, cotangent = random((8, n, 1, 8)) + np.float32(1e4), random((8, n, 1, 8), 1)
+    options = {"epsilon": 0.0, "mask": np.ones(x.shape, bool) if masked else None}
+
+    @jax.jit
+    def gradient(x):
+        return jax.vjp(lambda x: jgn.group_norm(x, 8, **options), x)[1](cotangent)[0]
+
+    wanted = Oracle(x, 8, **options).gradients(cotangent).x
+    atol = tolerance("float32", n) * np.abs(wanted).max()
+    np.testing.assert_allclose(gradient(x), wanted, rtol=0, atol=atol)
