@@ -200,9 +200,9 @@ def _normalize(
     sum_d, sum_d2 = map(kept, reduction.sums(x, k))
     r = _inverse_sqrt(variance(n, sum_d, sum_d2) + epsilon)
 
-    sum_d, r = reduction.to_channels(sum_d, r)
-    k, n = reduction.groups.spread(k), reduction.groups.spread(n)
     pivot, rest = mean(k, n, sum_d)
+    rest, r = reduction.to_channels(rest, r)
+    pivot = reduction.groups.spread(pivot)
     a = r.astype(x.dtype)
     a = a if scale is None else a * scale
     b = -rest * a

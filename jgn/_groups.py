@@ -55,7 +55,7 @@ class Groups:
 
     def spread(self, per_group: Array) -> Array:
         """Gives every channel its group's value, in x's rank: ones for the axes of no change."""
-        if not self._combines_channels or per_group.ndim == 0:
+        if not self._combines_channels:
             return per_group
         if not self._multiplies:
             shape = (*per_group.shape[:-1], self.size)

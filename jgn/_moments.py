@@ -57,13 +57,15 @@ class Reduction(NamedTuple):
             stride = min(STRIDE, max(1, self.positions.number * self.groups.size // SAMPLE))
         sample = x if self.mask is not None else self.positions.sample(x, stride)
         total = self.groups.sum(self.positions.sum(self._where_counted(sample)))
-        count, total = self.shards.sum(self.groups.count(sample, self.mask), total)
-        return _rounded(total / jnp.maximum(count, 1).astype(x.dtype))
+        (total,) = self.shards.sum(total)
+        return _rounded(total / self.number(sample).astype(x.dtype))
 
     def number(self, x: Array) -> Array:
         """n: how many elements of every group count, but at least 1."""
         (count,) = self.shards.sum(self.groups.count(x, self.mask))
-        return jnp.maximum(count, 1)
+        # XLA:CPU would multiply by the reciprocal of a number that it knows. A quotient it computes
+        # once a group, a product for every position again.
+        return lax.optimization_barrier(jnp.maximum(count, 1))
 
     def sums(self, x: Array, k: Array) -> Sequence[Array]:
         """Σd and Σ|d|² of every group."""
@@ -112,8 +114,8 @@ def mean(k: Array, n: Array, sum_d: Array) -> tuple[Array, Array]:
 def _rounded(x: Array) -> Array:
     """Rounds x, wherever it is computed, in the same way.
 
-    Of two loops that want it XLA:CPU would contract the product that leads to it into a following
-    sum in the one, and not in the other. Then they differ by an ulp, of μ, where μ must cancel.
+    Of two loops that want it XLA:CPU could contract the product that leads to it into a following
+    sum in the one, and not in the other. Then they differ by an ulp of μ, where μ must cancel.
     """
     if jnp.iscomplexobj(x):
         return lax.complex(_rounded(x.real), _rounded(x.imag))

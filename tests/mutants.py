@@ -28,65 +28,66 @@ class Mutant(NamedTuple):
     tests: tuple[str, ...]
 
 
-VARIANCE = "    variance = mean_square - _squared_magnitude(sum_d / n.astype(x.dtype))\n"
+VARIANCE = "    value = sum_d2 / n - _squared_magnitude(sum_d / n.astype(sum_d.dtype))\n"
+SUMS = "        return self.shards.sum(*self.positions.parts(tuple(sums)))\n"
 
 MUTANTS = (
     # The equation
     Mutant(
         "another epsilon",
         "_group_norm.py",
-        "_inverse_sqrt(variance + epsilon)",
-        "_inverse_sqrt(variance + 1.001 * epsilon)",
+        "_inverse_sqrt(variance(n, sum_d, sum_d2) + epsilon)",
+        "_inverse_sqrt(variance(n, sum_d, sum_d2) + 1.001 * epsilon)",
         ("values", "seeds"),
     ),
     Mutant(
         "epsilon beside the standard deviation",
         "_group_norm.py",
-        "_inverse_sqrt(variance + epsilon)",
-        "1 / (jnp.sqrt(variance) + epsilon)",
+        "_inverse_sqrt(variance(n, sum_d, sum_d2) + epsilon)",
+        "1 / (jnp.sqrt(variance(n, sum_d, sum_d2)) + epsilon)",
         ("values", "seeds"),
     ),
     Mutant(
         "unbiased variance",
         "_moments.py",
         VARIANCE,
-        VARIANCE + "    variance = variance * n / jnp.maximum(n - 1, 1)\n",
+        VARIANCE + "    value = value * n / jnp.maximum(n - 1, 1)\n",
         ("values", "seeds"),
     ),
     Mutant(
         "the mean's square forgotten",
         "_moments.py",
         VARIANCE,
-        "    variance = mean_square\n",
+        "    value = sum_d2 / n\n",
         ("values",),
     ),
     Mutant(
         "interleaved groups",
         "_groups.py",
-        "return last.reshape(*last.shape[:-1], self._num_groups, self._size)",
-        "return last.reshape(*last.shape[:-1], self._size, self._num_groups).swapaxes(-1, -2)",
+        "return last.reshape(*last.shape[:-1], self._num_groups, self.size)",
+        "return last.reshape(*last.shape[:-1], self.size, self._num_groups).swapaxes(-1, -2)",
         ("values", "groups"),
     ),
     Mutant(
         "groups spread to the wrong channels",
         "_groups.py",
-        "last = grouped.reshape(*grouped.shape[:-2], self._num_groups * self._size)",
+        "last = grouped.reshape(*grouped.shape[:-2], self._num_groups * self.size)",
         "last = grouped.swapaxes(-1, -2).reshape("
-        "*grouped.shape[:-2], self._num_groups * self._size)",
+        "*grouped.shape[:-2], self._num_groups * self.size)",
         ("groups", "values"),
     ),
     Mutant(
         "scale before normalization only",
         "_group_norm.py",
-        "b = -mean * a",
-        "b = -mean",
+        "b = -rest * a",
+        "b = -rest",
         ("values",),
     ),
     Mutant(
         "no bias",
         "_group_norm.py",
-        "        b = b + _per_channel(bias.astype(x.dtype), axes)\n",
-        "        b = b + 0 * _per_channel(bias.astype(x.dtype), axes)\n",
+        "    b = b if bias is None else b + bias\n",
+        "    b = b if bias is None else b + 0 * bias\n",
         ("values",),
     ),
     Mutant(
@@ -129,8 +130,8 @@ MUTANTS = (
     Mutant(
         "no shift",
         "_moments.py",
-        "_kept(total / jnp.maximum(count, 1).astype(x.dtype))",
-        "_kept(0 * total)",
+        "_rounded(total / self.number(sample).astype(x.dtype))",
+        "0 * total",
         ("values",),
     ),
     Mutant(
@@ -141,31 +142,45 @@ MUTANTS = (
         ("values", "groups"),
     ),
     Mutant(
+        "one element as the sample of a small group",
+        "_moments.py",
+        "SAMPLE = 32\n",
+        "SAMPLE = 1\n",
+        ("groups",),
+    ),
+    Mutant(
         "the output around the sample's mean",
         "_moments.py",
-        "pivot = lax.stop_gradient(k + sum_d / n)",
-        "pivot = k",
+        "lax.stop_gradient(k + _rounded(sum_d / n))",
+        "k",
         ("values",),
+    ),
+    Mutant(
+        "numbers near the mean rounded as each loop likes",
+        "_moments.py",
+        "bits & -2",
+        "bits",
+        ("derivatives",),
     ),
     Mutant(
         "the rest of the mean forgotten",
         "_moments.py",
-        "(sum_d - n * (pivot - k)) / n",
+        "(sum_d - n * (rounded - k)) / n",
         "0 * sum_d",
         ("values", "derivatives"),
     ),
     Mutant(
         "missing clamp",
         "_moments.py",
-        "jnp.where(variance < 0, 0, variance)",
-        "variance",
+        "jnp.where(value < 0, 0, value)",
+        "value",
         ("values", "derivatives", "properties"),
     ),
     Mutant(
         "a clamp that halves the derivative",
         "_moments.py",
-        "jnp.where(variance < 0, 0, variance)",
-        "jnp.maximum(variance, 0)",
+        "jnp.where(value < 0, 0, value)",
+        "jnp.maximum(value, 0)",
         ("derivatives",),
     ),
     Mutant(
@@ -201,31 +216,32 @@ MUTANTS = (
     Mutant(
         "no gradient through the variance",
         "_group_norm.py",
-        "_inverse_sqrt(variance + epsilon)",
-        "_inverse_sqrt(jax.lax.stop_gradient(variance) + epsilon)",
+        "_inverse_sqrt(variance(n, sum_d, sum_d2) + epsilon)",
+        "_inverse_sqrt(lax.stop_gradient(variance(n, sum_d, sum_d2)) + epsilon)",
         ("derivatives",),
     ),
     Mutant(
         "no gradient through the mean",
-        "_moments.py",
-        "    sum_d, mean_square = _kept(sum_d), _kept(sum_d2 / n)\n",
-        "    sum_d, mean_square = lax.stop_gradient(_kept(sum_d)), _kept(sum_d2 / n)\n",
+        "_group_norm.py",
+        "    sum_d, sum_d2 = map(kept, reduction.sums(x, k))\n",
+        "    sum_d, sum_d2 = map(kept, reduction.sums(x, k))\n"
+        "    sum_d = lax.stop_gradient(sum_d)\n",
         ("derivatives",),
     ),
     Mutant(
         "right for first derivatives only",
         "_moments.py",
         VARIANCE,
-        "    mean = sum_d / n.astype(x.dtype)\n"
-        "    variance = mean_square - (mean * lax.stop_gradient(mean)).real\n",
+        "    m = sum_d / n.astype(sum_d.dtype)\n"
+        "    value = sum_d2 / n - (2 * m - lax.stop_gradient(m)) * lax.stop_gradient(m)\n",
         ("derivatives",),
     ),
     Mutant(
         "the mean's square without a gradient",
         "_moments.py",
         VARIANCE,
-        "    mean = lax.stop_gradient(sum_d / n.astype(x.dtype))\n"
-        "    variance = mean_square - _squared_magnitude(mean)\n",
+        "    m = lax.stop_gradient(sum_d / n.astype(sum_d.dtype))\n"
+        "    value = sum_d2 / n - _squared_magnitude(m)\n",
         ("derivatives",),
     ),
     Mutant(
@@ -252,7 +268,7 @@ MUTANTS = (
     Mutant(
         "differences merged across the passes",
         "_group_norm.py",
-        "prevent_cse=True",
+        "prevent_cse=(True, False, False, False, False)",
         "prevent_cse=False",
         ("residuals",),
     ),
@@ -260,15 +276,22 @@ MUTANTS = (
     Mutant(
         "mask ignored",
         "_moments.py",
-        "positions.sums(_where(mask, d, 0), ",
-        "positions.sums(d, ",
+        "d = self._where_counted(x - self.groups.spread(k))",
+        "d = x - self.groups.spread(k)",
         ("mask",),
     ),
     Mutant(
         "mask ignored in the variance",
         "_moments.py",
-        "_where(mask, _squared_magnitude(d), 0))",
-        "_squared_magnitude(d))",
+        "self.positions.sums(d, _squared_magnitude(d))",
+        "self.positions.sums(d, _squared_magnitude(x - self.groups.spread(k)))",
+        ("mask",),
+    ),
+    Mutant(
+        "mask ignored in k",
+        "_moments.py",
+        "self.positions.sum(self._where_counted(sample))",
+        "self.positions.sum(sample)",
         ("mask",),
     ),
     Mutant(
@@ -281,15 +304,15 @@ MUTANTS = (
     Mutant(
         "an empty mask divides by 0",
         "_moments.py",
-        "    n = jnp.maximum(count, 1)\n",
-        "    n = count\n",
+        "jnp.maximum(count, 1)",
+        "count",
         ("mask",),
     ),
     Mutant(
         "NaN under the mask multiplied by 0",
         "_group_norm.py",
-        "        x = jnp.where(mask | (jnp.abs(x) < math.sqrt(jnp.finfo(x.dtype).max)), x, 0)\n",
-        "",
+        "        return jnp.where(mask | (jnp.abs(x) < math.sqrt(jnp.finfo(x.dtype).max)), x, 0)\n",
+        "        return x\n",
         ("mask",),
     ),
     Mutant(
@@ -302,8 +325,8 @@ MUTANTS = (
     Mutant(
         "positions under the mask not normalized",
         "_group_norm.py",
-        "        x = jnp.where(mask | (jnp.abs(x) < math.sqrt(jnp.finfo(x.dtype).max)), x, 0)\n",
-        "        x = jnp.where(mask, x, 0)\n",
+        "        return jnp.where(mask | (jnp.abs(x) < math.sqrt(jnp.finfo(x.dtype).max)), x, 0)\n",
+        "        return jnp.where(mask, x, 0)\n",
         ("mask",),
     ),
     Mutant(
@@ -318,9 +341,12 @@ MUTANTS = (
     Mutant(
         "a mean of means",
         "_moments.py",
-        "return lax.psum(values, self.axis_name, axis_index_groups=self.axis_index_groups)",
-        "means = [value / jnp.maximum(values[0], 1) for value in values]\n"
-        "        return lax.pmean(means, self.axis_name, axis_index_groups=self.axis_index_groups)",
+        SUMS,
+        "        local = jnp.maximum(self.groups.count(x, self.mask), 1)\n"
+        "        means = [part / local for part in self.positions.parts(tuple(sums))]\n"
+        "        if self.shards.axis_name is not None:\n"
+        "            means = lax.pmean(means, *self.shards)\n"
+        "        return [mean * self.number(x) for mean in means]\n",
         ("sharding",),
     ),
     Mutant(
@@ -333,16 +359,16 @@ MUTANTS = (
     Mutant(
         "each shard around its own pivot",
         "_moments.py",
-        "    count, total = shards.sum(\n",
-        "    count, total = tuple(\n",
+        "        (total,) = self.shards.sum(total)\n",
+        "",
         ("sharding",),
     ),
     # How it is computed
     Mutant(
         "x reshaped",
         "_group_norm.py",
-        "    positions = Positions(x, axes)\n",
-        "    x = x.reshape(-1).reshape(x.shape)\n    positions = Positions(x, axes)\n",
+        "    constant = widened(lax.stop_gradient(x))\n",
+        "    x = x.reshape(-1).reshape(x.shape)\n    constant = widened(lax.stop_gradient(x))\n",
         ("structure",),
     ),
     Mutant(
@@ -360,17 +386,31 @@ MUTANTS = (
         ("structure",),
     ),
     Mutant(
+        "two short sums that XLA makes one long of",
+        "_positions.py",
+        "    return lax.complex(x.imag, x.real)\n",
+        "    return x\n",
+        ("structure",),
+    ),
+    Mutant(
         "the two sums exchanged",
         "_positions.py",
-        "    v, u = _sums(both.imag, both.real, blocks[1:])\n",
-        "    u, v = _sums(both.imag, both.real, blocks[1:])\n",
+        "            both = _exchanged(block.sum(both))\n",
+        "            both = block.sum(both)\n",
         ("groups",),
     ),
     Mutant(
         "the two values spread exchanged",
         "_positions.py",
-        "    b, a = _spread(b, a, blocks[1:])\n",
-        "    a, b = _spread(b, a, blocks[1:])\n",
+        "            both = block.spread(_exchanged(both))\n",
+        "            both = block.spread(both)\n",
+        ("groups",),
+    ),
+    Mutant(
+        "the parts of a pair taken as they stand",
+        "_positions.py",
+        "        both = _exchanged(both) if len(self._blocks) % 2 else both\n",
+        "",
         ("groups",),
     ),
     Mutant(
@@ -381,11 +421,18 @@ MUTANTS = (
         ("groups", "values"),
     ),
     Mutant(
-        "a value a channel kept of few positions",
+        "plain broadcasts of groups of every size",
         "_groups.py",
-        "MANY_POSITIONS = 600\n",
-        "MANY_POSITIONS = 1\n",
-        ("residuals",),
+        "in_the_innermost_loop and self.size % LANES != 0 and is_on_one_cpu(x)",
+        "False",
+        ("structure",),
+    ),
+    Mutant(
+        "products for groups of every size",
+        "_groups.py",
+        "in_the_innermost_loop and self.size % LANES != 0 and is_on_one_cpu(x)",
+        "is_on_one_cpu(x)",
+        ("structure",),
     ),
     Mutant(
         "blocks of axes that devices share",

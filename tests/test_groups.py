@@ -11,6 +11,7 @@ from oracle import tolerance
 
 from jgn._axes import resolve_axes
 from jgn._groups import Groups
+from jgn._moments import SAMPLE, Reduction, Shards
 from jgn._positions import Positions
 
 # On a mesh a CPU sums as other backends do.
@@ -127,3 +128,12 @@ def test_the_sample_has_one_in_so_many_positions_of_every_channel(shape, channel
         assert sampled == 1
     # A stride can be cut short by the size of its axis, by less than half each.
     assert sampled <= max(1, 4 * positions / one_in)
+
+
+@pytest.mark.parametrize(("shape", "num_groups"), [((500, 5, 8, 8), 8), ((500, 9, 40), 10)])
+def test_k_lies_near_the_mean_of_small_groups_too(shape, num_groups):
+    """Within four standard deviations of the mean of so many."""
+    x = random(shape, mean=0, deviation=1)
+    positions, groups = parts_of(x, num_groups)
+    k = Reduction(positions, groups, None, Shards(None, None)).near_mean(jax.numpy.asarray(x))
+    assert np.abs(k).max() <= 4.5 / math.sqrt(SAMPLE)

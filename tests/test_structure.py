@@ -15,7 +15,8 @@ SHAPE = {"channels last": (4, 14, 15, 24), "channels first": (4, 24, 14, 15)}
 CHANNEL_AXIS = {"channels last": -1, "channels first": 1}
 LAYOUT = pytest.mark.parametrize("layout", SHAPE)
 MASKED = pytest.mark.parametrize("masked", [False, True])
-GROUPS = pytest.mark.parametrize("num_groups", [1, 6, 24])
+# Of 24, 8, 4 and 1 channels.
+GROUPS = pytest.mark.parametrize("num_groups", [1, 3, 6, 24])
 
 
 def equations(jaxpr):
@@ -170,6 +171,26 @@ def test_an_eager_call_is_one_dispatch(dtype, masked):
 def test_the_count_of_compilations_sees_separate_operations():
     x = jnp.asarray(random((3, 23, 29)))
     assert compilations(lambda: (x - x.mean()) * x) >= 3
+
+
+@pytest.mark.parametrize("num_groups", [3, 6])
+def test_compiled_every_sum_of_a_block_stays_one(num_groups):
+    """Of two that XLA made one, the sum would be too long to be part of a vectorized loop."""
+    x = random(SHAPE["channels last"])
+    hlo = jax.jit(lambda x: jgn.group_norm(x, num_groups)).lower(x).compile().as_text()
+    # Over 15 columns, 14 rows and the 8 channels of a group; 4 channels are in a product.
+    assert len(re.findall(r"= c64\S* reduce\(", hlo)) == (3 if num_groups == 3 else 2)
+
+
+@LAYOUT
+@GROUPS
+def test_only_groups_that_would_divide_an_index_for_each_element_take_products(layout, num_groups):
+    x = random(SHAPE[layout])
+    products = {
+        equation.primitive.name
+        for equation in equations(jaxprs(x, num_groups, layout, masked=False)[1])
+    } & {"dot_general"}
+    assert bool(products) == (layout == "channels last" and num_groups == 6)
 
 
 def test_products_are_of_full_precision():
