@@ -19,11 +19,11 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jgn._groups import Groups
-from jgn._positions import Positions
+from jgn._positions import Positions, is_on_one_cpu
 
-# One position in so many decides k: 2 % of a pass over x, and an error of at most 65 u. But so many
-# elements at least, as k would be further than a quarter of σ from μ as a rule.
+# One position in so many decides k: 2 % of a pass over x, and an error of at most 65 u.
 STRIDE = 64
+# So many elements at least, whose mean is seldom further than σ/2 from μ.
 SAMPLE = 32
 
 # The name of what autodiff keeps for the backward pass besides x, k and the parameters.
@@ -56,16 +56,20 @@ class Reduction(NamedTuple):
         if isinstance(self.positions.number, int):  # Not symbolic.
             stride = min(STRIDE, max(1, self.positions.number * self.groups.size // SAMPLE))
         sample = x if self.mask is not None else self.positions.sample(x, stride)
-        total = self.groups.sum(self.positions.sum(self._where_counted(sample)))
+        # As two sums, since they go by blocks: one long sum of equal elements is far from exact.
+        positions, counted = self.positions.of(sample), self._where_counted(sample)
+        sums = map(self.groups.sum, positions.sums(counted, counted))
+        total, _ = positions.parts(tuple(sums))
         (total,) = self.shards.sum(total)
         return _rounded(total / self.number(sample).astype(x.dtype))
 
     def number(self, x: Array) -> Array:
         """n: how many elements of every group count, but at least 1."""
         (count,) = self.shards.sum(self.groups.count(x, self.mask))
+        n = jnp.maximum(count, 1)
         # XLA:CPU would multiply by the reciprocal of a number that it knows. A quotient it computes
         # once a group, a product for every position again.
-        return lax.optimization_barrier(jnp.maximum(count, 1))
+        return lax.optimization_barrier(n) if is_on_one_cpu(x) else n
 
     def sums(self, x: Array, k: Array) -> Sequence[Array]:
         """Σd and Σ|d|² of every group."""
@@ -119,8 +123,8 @@ def _rounded(x: Array) -> Array:
     """
     if jnp.iscomplexobj(x):
         return lax.complex(_rounded(x.real), _rounded(x.imag))
-    bits = lax.bitcast_convert_type(x, f"int{jnp.finfo(x.dtype).bits}")
-    return lax.bitcast_convert_type(bits & -2, x.dtype)
+    largest = jnp.finfo(x.dtype).max
+    return jnp.maximum(jnp.minimum(x, largest), -largest)
 
 
 def _squared_magnitude(d: Array) -> Array:

@@ -64,6 +64,7 @@ class Positions:
 
     def __init__(self, x: Array, axes: Axes):
         self._shape = x.shape
+        self._axes = axes
         self._spatial = axes.spatial
         in_blocks = is_on_one_cpu(x) and not jnp.iscomplexobj(x)
         self._blocks = _blocks(x.shape, axes.spatial) if in_blocks else []
@@ -112,6 +113,10 @@ class Positions:
         (both,) = pair
         both = _exchanged(both) if len(self._blocks) % 2 else both
         return both.real, both.imag
+
+    def of(self, x: Array) -> "Positions":
+        """Those of another array with the same axes."""
+        return Positions(x, self._axes)
 
     def sample(self, x: Array, one_in: int) -> Array:
         """At least one in so many positions of x, skipping along the first spatial axes first."""

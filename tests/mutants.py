@@ -158,8 +158,8 @@ MUTANTS = (
     Mutant(
         "numbers near the mean rounded as each loop likes",
         "_moments.py",
-        "bits & -2",
-        "bits",
+        "jnp.maximum(jnp.minimum(x, largest), -largest)",
+        "x",
         ("derivatives",),
     ),
     Mutant(
@@ -290,8 +290,8 @@ MUTANTS = (
     Mutant(
         "mask ignored in k",
         "_moments.py",
-        "self.positions.sum(self._where_counted(sample))",
-        "self.positions.sum(sample)",
+        "self.positions.of(sample), self._where_counted(sample)",
+        "self.positions.of(sample), sample",
         ("mask",),
     ),
     Mutant(

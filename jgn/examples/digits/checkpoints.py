@@ -1,5 +1,6 @@
 """A run's directory: its settings, and checkpoints of the last two finished epochs."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -8,6 +9,7 @@ import pathlib
 import re
 import sys
 import textwrap
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -68,9 +70,9 @@ class Run:
             state=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(progress)
         )
         try:
-            self._manager.save(epoch, args=items)
+            with _silencing_other_threads():
+                self._manager.save(epoch, args=items)
         except Exception as error:  # A full disk comes as any of several types.
-            _silence_what_still_runs()
             raise RunError(
                 f"cannot save epoch {epoch} in {self.directory}: {_reason(error)}; "
                 "the epochs before it are kept, and the same command goes on from there."
@@ -85,14 +87,14 @@ class Run:
             state=ocp.args.StandardRestore(_arrays(state)), progress=ocp.args.JsonRestore()
         )
         try:
-            restored = self._manager.restore(epoch, args=items)
+            with _silencing_other_threads():
+                restored = self._manager.restore(epoch, args=items)
             arrays, progress = restored["state"], restored["progress"]
             if progress["digest"] != _digest(arrays):
                 raise ValueError("its digest is not that of its arrays")
             restored_state: Any = serialization.from_state_dict(state, arrays)
             return Finished(restored_state, progress["history"])
         except Exception as error:  # Whatever was damaged decides the type.
-            _silence_what_still_runs()
             raise RunError(self._damaged(epoch, _first_line(error))) from error
 
     def write(self, name: str, content: bytes) -> None:
@@ -162,9 +164,13 @@ def _digest(arrays: Any) -> str:
     return digest.hexdigest()
 
 
-def _silence_what_still_runs() -> None:
-    # tensorstore's other readers and writers find orbax's event loop closed, at great length.
-    sys.unraisablehook = lambda _: None
+@contextlib.contextmanager
+def _silencing_other_threads() -> Iterator[None]:
+    """From an error on: tensorstore's others find orbax's event loop closed, at great length."""
+    hooks = sys.excepthook, sys.unraisablehook
+    sys.excepthook = sys.unraisablehook = lambda *_: None
+    yield
+    sys.excepthook, sys.unraisablehook = hooks
 
 
 def _reason(error: BaseException) -> str:
