@@ -178,8 +178,9 @@ def test_compiled_every_sum_of_a_block_stays_one(num_groups):
     """Of two that XLA made one, the sum would be too long to be part of a vectorized loop."""
     x = random(SHAPE["channels last"])
     hlo = jax.jit(lambda x: jgn.group_norm(x, num_groups)).lower(x).compile().as_text()
-    # Over 15 columns, 14 rows and the 8 channels of a group; 4 channels are in a product.
-    assert len(re.findall(r"= c64\S* reduce\(", hlo)) == (3 if num_groups == 3 else 2)
+    # Over 15 columns, 14 rows and the 8 channels of a group, and for k over its sample's columns
+    # and the channels again; 4 channels are in a product.
+    assert len(re.findall(r"= c64\S* reduce\(", hlo)) == (5 if num_groups == 3 else 3)
 
 
 @LAYOUT
