@@ -11,7 +11,7 @@ from oracle import tolerance
 
 from jgn._axes import resolve_axes
 from jgn._groups import Groups
-from jgn._moments import SAMPLE, Reduction, Shards
+from jgn._moments import Reduction, Shards
 from jgn._positions import Positions
 
 # On a mesh a CPU sums as other backends do.
@@ -132,8 +132,8 @@ def test_the_sample_has_one_in_so_many_positions_of_every_channel(shape, channel
 
 @pytest.mark.parametrize(("shape", "num_groups"), [((500, 5, 8, 8), 8), ((500, 9, 40), 10)])
 def test_k_lies_near_the_mean_of_small_groups_too(shape, num_groups):
-    """Within four standard deviations of the mean of so many."""
+    """Within 4.5 standard deviations of the mean of 32 elements."""
     x = random(shape, mean=0, deviation=1)
     positions, groups = parts_of(x, num_groups)
     k = Reduction(positions, groups, None, Shards(None, None)).near_mean(jax.numpy.asarray(x))
-    assert np.abs(k).max() <= 4.5 / math.sqrt(SAMPLE)
+    assert np.abs(k).max() <= 4.5 / math.sqrt(32)
