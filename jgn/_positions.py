@@ -26,7 +26,7 @@ SMALLEST_BLOCK = 5
 ENOUGH = 64
 # How many neighbours in memory a vectorized loop needs. Where they are positions, a block has
 # every position that is so many after another.
-LANES = 16
+NEIGHBOURS = 16
 
 
 class Block(NamedTuple):
@@ -65,17 +65,16 @@ class Positions:
     def __init__(self, x: Array, axes: Axes):
         self._shape = x.shape
         self._axes = axes
-        self._spatial = axes.spatial
         in_blocks = is_on_one_cpu(x) and not jnp.iscomplexobj(x)
         self._blocks = _blocks(x.shape, axes.spatial) if in_blocks else []
 
     @property
     def number(self) -> int:
-        return math.prod(self._shape[axis] for axis in self._spatial)
+        return math.prod(self._shape[axis] for axis in self._axes.spatial)
 
     def sum(self, x: Array) -> Array:
         """Σx over all positions, with ones in place of the spatial axes."""
-        return x.sum(self._spatial, keepdims=True)
+        return x.sum(self._axes.spatial, keepdims=True)
 
     def sums(self, u: Array, v: Array) -> Pair:
         """Σu and Σv over all positions, with ones in place of the spatial axes."""
@@ -103,16 +102,19 @@ class Positions:
         """Two values a channel or a group as `sums` gives them."""
         if not self._blocks:
             return u, v
-        both = lax.complex(u, v)
-        return (_exchanged(both) if len(self._blocks) % 2 else both,)
+        return (self._as_after_the_blocks(lax.complex(u, v)),)
 
     def parts(self, pair: Pair) -> Pair:
         """The two values of a pair."""
         if not self._blocks:
             return pair
         (both,) = pair
-        both = _exchanged(both) if len(self._blocks) % 2 else both
+        both = self._as_after_the_blocks(both)
         return both.real, both.imag
+
+    def _as_after_the_blocks(self, both: Array) -> Array:
+        """Each block has exchanged the parts; its own inverse."""
+        return _exchanged(both) if len(self._blocks) % 2 else both
 
     def of(self, x: Array) -> "Positions":
         """Those of another array with the same axes."""
@@ -121,7 +123,7 @@ class Positions:
     def sample(self, x: Array, one_in: int) -> Array:
         """At least one in so many positions of x, skipping along the first spatial axes first."""
         strides = [1] * x.ndim
-        for axis in self._spatial:
+        for axis in self._axes.spatial:
             if partitions(jax.typeof(x).sharding, axis) > 1:
                 continue  # Slices of an explicitly sharded axis must divide evenly.
             strides[axis] = _stride(x.shape[axis], one_in, _devices(x))
@@ -166,7 +168,7 @@ def partitions(sharding: NamedSharding, axis: int) -> int:
 def _blocks(shape: Sequence[int], spatial: Sequence[int]) -> list[Block]:
     """The blocks to sum, in this order; none if the largest possible would be too small."""
     sizes = {axis: shape[axis] for axis in spatial if isinstance(shape[axis], int)}  # Not symbolic.
-    strides = {axis: LANES if axis == len(shape) - 1 else 1 for axis in sizes}
+    strides = {axis: NEIGHBOURS if axis == len(shape) - 1 else 1 for axis in sizes}
     blocks: list[Block] = []
     while math.prod(block.size for block in blocks) < ENOUGH:
         possible = [

@@ -409,7 +409,7 @@ MUTANTS = (
     Mutant(
         "the parts of a pair taken as they stand",
         "_positions.py",
-        "        both = _exchanged(both) if len(self._blocks) % 2 else both\n",
+        "        both = self._as_after_the_blocks(both)\n",
         "",
         ("groups",),
     ),
