@@ -174,7 +174,7 @@ MUTANTS = (
         "_moments.py",
         "jnp.where(value < 0, 0, value)",
         "value",
-        ("values", "derivatives", "properties"),
+        ("groups",),
     ),
     Mutant(
         "a clamp that halves the derivative",

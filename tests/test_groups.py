@@ -11,7 +11,7 @@ from oracle import tolerance
 
 from jgn._axes import resolve_axes
 from jgn._groups import Groups
-from jgn._moments import Reduction, Shards
+from jgn._moments import Reduction, Shards, variance
 from jgn._positions import Positions
 
 # On a mesh a CPU sums as other backends do.
@@ -137,3 +137,20 @@ def test_k_lies_near_the_mean_of_small_groups_too(shape, num_groups):
     positions, groups = parts_of(x, num_groups)
     k = Reduction(positions, groups, None, Shards(None, None)).near_mean(jax.numpy.asarray(x))
     assert np.abs(k).max() <= 4.5 / math.sqrt(32)
+
+
+def test_k_is_no_further_from_the_mean_than_a_sample_of_one_in_64_can_be():
+    """With an outlier in the first position of a large group, which every sample has."""
+    x = random((1, 64, 128, 8), mean=0, deviation=1)
+    x[:, 0, 0] = 1e5
+    positions, groups = parts_of(x, 1)
+    k = Reduction(positions, groups, None, Shards(None, None)).near_mean(jax.numpy.asarray(x))
+    wide = x.astype(np.float64)
+    assert (float(k.item()) - wide.mean()) ** 2 <= 64 * wide.var()
+
+
+def test_a_variance_that_rounding_puts_below_0_is_0():
+    """Σd²/n = 1 − 2⁻²⁴, (Σd/n)² = 1."""
+    sum_d, sum_d2 = np.float32(2), np.nextafter(np.float32(2), np.float32(0))
+    assert sum_d2 / 2 - (sum_d / 2) ** 2 < 0
+    assert variance(np.float32(2), sum_d, sum_d2) == 0
