@@ -174,8 +174,8 @@ def _group_norm(
         prevent_cse=(True, False, False, False, False),
     )
     def normalized(x, k, n, scale, bias):
-        scale = None if scale is None else _per_channel(scale.astype(compute_dtype), axes)
-        bias = None if bias is None else _per_channel(bias.astype(compute_dtype), axes)
+        scale = None if scale is None else _rows(scale.astype(compute_dtype), axes)
+        bias = None if bias is None else _rows(bias.astype(compute_dtype), axes)
         y = _normalize(widened(x), k, n, scale, bias, reduction, epsilon)
         y = y if activation is None else activation(y)
         if y.shape != x.shape:
@@ -197,19 +197,18 @@ def _normalize(
     epsilon: float,
 ) -> Array:
     """y = scale · (x − μ) / √(σ² + ε) + bias = (x − pivot) · a + b."""
-    sum_d, sum_d2 = map(kept, reduction.sums(x, k))
-    r = _inverse_sqrt(variance(n, sum_d, sum_d2) + epsilon)
+    m, mean_square = map(kept, reduction.moments(x, k, n))
+    r = kept(_inverse_sqrt(variance(m, mean_square) + epsilon))
 
-    pivot, rest = mean(k, n, sum_d)
+    pivot, rest = mean(k, m)
     rest, r = reduction.to_channels(rest, r)
-    pivot = reduction.groups.spread(pivot)
     a = r.astype(x.dtype)
     a = a if scale is None else a * scale
     b = -rest * a
     b = b if bias is None else b + bias
 
     a, b = reduction.to_positions(a, b)
-    return (x - pivot) * a + b
+    return (x - reduction.along(pivot)) * a + b
 
 
 def _inverse_sqrt(x: Array) -> Array:
@@ -218,16 +217,12 @@ def _inverse_sqrt(x: Array) -> Array:
     Unlike those of `lax.rsqrt`, the intermediate values of its derivative stay in range wherever x
     itself does.
     """
-    positive = jnp.where(x == 0, 1, x)
-    return jnp.where(x == 0, 0, 1 / jnp.sqrt(positive))
+    return 1 / jnp.sqrt(jnp.where(x == 0, jnp.inf, x))
 
 
-def _per_channel(values: Array, axes: Axes) -> Array:
-    """Lays (channels,) or (*batch, channels) out along the axes of x, with ones elsewhere."""
-    owners = (axes.channel,) if values.ndim == 1 else (*axes.batch, axes.channel)
-    rank = len(axes.batch) + len(axes.spatial) + 1
-    in_order = jnp.transpose(values, sorted(range(len(owners)), key=owners.__getitem__))
-    return jnp.expand_dims(in_order, [axis for axis in range(rank) if axis not in owners])
+def _rows(values: Array, axes: Axes) -> Array:
+    """Gives (channels,) the rank of (*batch, channels)."""
+    return jnp.expand_dims(values, range(len(axes.batch) + 1 - values.ndim))
 
 
 def as_numbers(value: Any, name: str) -> Array:

@@ -1,7 +1,6 @@
 """Sums over the channels of a group, and their way back to the channels."""
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -17,10 +16,12 @@ from jgn._positions import is_on_one_cpu, partitions
 # channels is fused into the loop over x, which for groups of another size divides an index for each
 # element, dearer than the rest of the loop.
 LANES = 8
+# Of more elements along an axis XLA:CPU makes two sums, one after the other.
+LONGEST_AXIS = 32
 
 
 class Groups:
-    """The groups of x's channels: from a value a channel to its sum over a group, and back.
+    """The groups of channels, along the last axis: from values a channel to their sums, and back.
 
     Where a plain broadcast is dear, a broadcast is a product with a matrix of two columns, ones and
     zeros, as a product of inner size 2 is not fused; and a sum, whose transpose is a broadcast, the
@@ -29,62 +30,59 @@ class Groups:
 
     def __init__(self, x: Array, axes: Axes, num_groups: int):
         channels = x.shape[axes.channel]
-        self._axes = axes
         self._num_groups = num_groups
         self.size = channels // num_groups
-        self._combines_channels = 1 < num_groups < channels
         in_the_innermost_loop = axes.channel == x.ndim - 1
-        self._multiplies = in_the_innermost_loop and self.size % LANES != 0 and is_on_one_cpu(x)
+        on_one_cpu = is_on_one_cpu(x)
+        self._multiplies = (
+            on_one_cpu
+            and 1 < num_groups < channels
+            and in_the_innermost_loop
+            and self.size % LANES != 0
+        )
+        self._is_the_axis = num_groups == 1 and not on_one_cpu
+        short_axes = on_one_cpu and not self._multiplies
+        self._factors = _factors(self.size) if short_axes else (self.size,)
         sharding = jax.typeof(x).sharding
         self._channel_sharding = sharding.spec[axes.channel]
         self._span_devices = num_groups % partitions(sharding, axes.channel) != 0
 
     def sum(self, per_channel: Array) -> Array:
-        """Sums a value a channel over every group.
-
-        The result broadcasts to the channels only once it is spread.
-        """
-        if self._num_groups == 1:
-            return per_channel.sum(self._axes.channel, keepdims=True)
-        if not self._combines_channels:
+        """Sums a value a channel over every group."""
+        if self.size == 1:
             return per_channel
-        grouped = self._split(per_channel)
+        if self._is_the_axis:
+            return per_channel.sum(-1, keepdims=True)
+        if self._span_devices:
+            per_channel = _reshard_last(per_channel, None)
+        grouped = per_channel.reshape(*per_channel.shape[:-1], self._num_groups, *self._factors)
         if not self._multiplies:
-            return grouped.sum(-1, keepdims=True)
-        return _matmul(grouped, _first_of_two(self.size, grouped.dtype), 0)[..., :1]
+            return grouped.sum(tuple(range(-len(self._factors), 0)))
+        return _matmul(grouped, _first_of_two(self.size, grouped.dtype), 0)[..., 0]
 
     def spread(self, per_group: Array) -> Array:
-        """Gives every channel its group's value, in x's rank: ones for the axes of no change."""
-        if not self._combines_channels:
-            return per_group
-        if not self._multiplies:
-            shape = (*per_group.shape[:-1], self.size)
-            return self._join(jnp.broadcast_to(per_group, shape))
-        two_columns = jnp.concatenate([per_group, jnp.zeros_like(per_group)], axis=-1)
-        return self._join(_matmul(two_columns, _first_of_two(self.size, per_group.dtype), 1))
-
-    def count(self, x: Array, mask: Array | None) -> Array:
-        """How many elements count: one number for all groups, or with a mask one value a group."""
-        real = jnp.finfo(x.dtype).dtype
-        if mask is None:
-            positions = math.prod(x.shape[axis] for axis in self._axes.spatial)
-            return jnp.asarray(positions * self.size, real)
-        repeats = math.prod(x.shape[axis] for axis in self._axes.spatial if mask.shape[axis] == 1)
-        counted = mask.astype(real).sum(self._axes.spatial, keepdims=True) * repeats
-        kept = [1 if axis in self._axes.spatial else size for axis, size in enumerate(x.shape)]
-        return self.sum(jnp.broadcast_to(counted, kept))
-
-    def _split(self, per_channel: Array) -> Array:
-        last = jnp.moveaxis(per_channel, self._axes.channel, -1)
+        """Gives every channel its group's value."""
+        if self.size == 1 or self._is_the_axis:
+            return per_group  # It broadcasts by itself.
+        if self._multiplies:
+            two_columns = jnp.stack([per_group, jnp.zeros_like(per_group)], axis=-1)
+            grouped = _matmul(two_columns, _first_of_two(self.size, per_group.dtype), 1)
+        else:
+            within = range(-len(self._factors), 0)
+            shape = (*per_group.shape, *self._factors)
+            grouped = jnp.broadcast_to(jnp.expand_dims(per_group, within), shape)
+        per_channel = grouped.reshape(*per_group.shape[:-1], self._num_groups * self.size)
         if self._span_devices:
-            last = _reshard_last(last, None)
-        return last.reshape(*last.shape[:-1], self._num_groups, self.size)
+            per_channel = _reshard_last(per_channel, self._channel_sharding)
+        return per_channel
 
-    def _join(self, grouped: Array) -> Array:
-        last = grouped.reshape(*grouped.shape[:-2], self._num_groups * self.size)
-        if self._span_devices:
-            last = _reshard_last(last, self._channel_sharding)
-        return jnp.moveaxis(last, -1, self._axes.channel)
+
+def _factors(size: int) -> tuple[int, ...]:
+    """Splits an axis into axes that are no longer than `LONGEST_AXIS`, as far as it divides."""
+    if not isinstance(size, int) or size <= LONGEST_AXIS:
+        return (size,)
+    factor = max(factor for factor in range(1, LONGEST_AXIS + 1) if size % factor == 0)
+    return (size,) if factor == 1 else (factor, *_factors(size // factor))
 
 
 @functools.cache

@@ -12,7 +12,7 @@ that the sums round. The textbook's E[x²] − E[x]² is the same with k = 0, an
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -27,7 +27,7 @@ STRIDE = 64
 SAMPLE = 32
 
 # The name of what autodiff keeps for the backward pass besides x, k and the parameters.
-RESIDUAL = "group_norm_sums"
+RESIDUAL = "group_norm_moments"
 
 
 class Shards(NamedTuple):
@@ -36,14 +36,14 @@ class Shards(NamedTuple):
     axis_name: str | tuple[str, ...] | None
     axis_index_groups: tuple[tuple[int, ...], ...] | None
 
-    def sum(self, *values: Array) -> Sequence[Array]:
+    def sum(self, *values: Any) -> Sequence[Any]:
         if self.axis_name is None:
             return values
         return lax.psum(values, self.axis_name, axis_index_groups=self.axis_index_groups)
 
 
 class Reduction(NamedTuple):
-    """What is summed for a group: its positions and channels, on all shards, where mask is True."""
+    """What makes up a group: its positions and channels, on all shards, where mask is True."""
 
     positions: Positions
     groups: Groups
@@ -56,38 +56,49 @@ class Reduction(NamedTuple):
         if isinstance(self.positions.number, int):  # Not symbolic.
             stride = min(STRIDE, max(1, self.positions.number * self.groups.size // SAMPLE))
         sample = x if self.mask is not None else self.positions.sample(x, stride)
-        # As two sums, since they go by blocks: one long sum of equal elements is far from exact.
-        positions, counted = self.positions.of(sample), self._where_counted(sample)
-        sums = map(self.groups.sum, positions.sums(counted, counted))
-        total, _ = positions.parts(tuple(sums))
-        (total,) = self.shards.sum(total)
-        return _rounded(total / self.number(sample).astype(x.dtype))
+        total = self.positions.of(sample).sum(self._where_counted(sample))
+        (total,) = self.shards.sum(self.groups.sum(total))
+        return _rounded(total * jnp.asarray(1 / self._count(sample), x.dtype))
 
     def number(self, x: Array) -> Array:
         """n: how many elements of every group count, but at least 1."""
-        (count,) = self.shards.sum(self.groups.count(x, self.mask))
-        n = jnp.maximum(count, 1)
+        n = jnp.asarray(self._count(x), jnp.finfo(x.dtype).dtype)
         # XLA:CPU would multiply by the reciprocal of a number that it knows. A quotient it computes
         # once a group, a product for every position again.
         return lax.optimization_barrier(n) if is_on_one_cpu(x) else n
 
-    def sums(self, x: Array, k: Array) -> Sequence[Array]:
-        """Σd and Σ|d|² of every group."""
-        d = self._where_counted(x - self.groups.spread(k))
+    def moments(self, x: Array, k: Array, n: Array) -> tuple[Array, Array]:
+        """m = E[d] and E[|d|²] of every group."""
+        d = self._where_counted(x - self.along(k))
         sums = map(self.groups.sum, self.positions.sums(d, _squared_magnitude(d)))
-        return self.shards.sum(*self.positions.parts(tuple(sums)))
+        sum_d, sum_d2 = self.shards.sum(*self.positions.parts(tuple(sums)))
+        return sum_d / n.astype(sum_d.dtype), sum_d2 / n
 
-    def to_channels(self, u: Array, v: Array) -> Sequence[Array]:
+    def along(self, per_group: Array) -> Array:
+        """Lays a value a group out along the axes of x."""
+        return self.positions.along(self.groups.spread(per_group))
+
+    def to_channels(self, u: Array, v: Array) -> tuple[Array, Array]:
         """Gives every channel its group's u and v."""
         spread = map(self.groups.spread, self.positions.pair(u, v))
         return self.positions.parts(tuple(spread))
 
-    def to_positions(self, u: Array, v: Array) -> Sequence[Array]:
+    def to_positions(self, u: Array, v: Array) -> tuple[Array, Array]:
         """Gives every position its channel's u and v."""
         return self.positions.spread(self.positions.pair(u, v))
 
     def _where_counted(self, values: Array) -> Array:
         return values if self.mask is None else jnp.where(self.mask, values, 0)
+
+    def _count(self, x: Array) -> Any:
+        """How many elements of x count in every group, but at least 1: a number where known."""
+        positions = self.positions.of(x)
+        if self.mask is None:
+            (count,) = self.shards.sum(positions.number * self.groups.size)
+            return count
+        counted = positions.count(self.mask, jnp.finfo(x.dtype).dtype)
+        (count,) = self.shards.sum(self.groups.sum(counted))
+        return jnp.maximum(count, 1)
 
 
 def kept(per_group: Array) -> Array:
@@ -97,29 +108,28 @@ def kept(per_group: Array) -> Array:
     return checkpoint_name(per_group, RESIDUAL)
 
 
-def variance(n: Array, sum_d: Array, sum_d2: Array) -> Array:
+def variance(m: Array, mean_square: Array) -> Array:
     """σ² of every group."""
-    value = sum_d2 / n - _squared_magnitude(sum_d / n.astype(sum_d.dtype))
+    value = mean_square - _squared_magnitude(m)
     # Rounding can put σ² = 0 just below. A maximum would halve the derivative at exactly 0.
     return jnp.where(value < 0, 0, value)
 
 
-def mean(k: Array, n: Array, sum_d: Array) -> tuple[Array, Array]:
+def mean(k: Array, m: Array) -> tuple[Array, Array]:
     """μ in two parts: rounded, without a gradient, and what rounding has left of it.
 
     x minus the first is exact for x near μ. In a group of equal elements it is their value,
     whatever the sums that led there have rounded, and the second is 0.
     """
-    n = n.astype(sum_d.dtype)
-    rounded = lax.stop_gradient(k + _rounded(sum_d / n))
-    return rounded, (sum_d - n * (rounded - k)) / n
+    rounded = lax.stop_gradient(k + _rounded(m))
+    return rounded, m - (rounded - k)
 
 
 def _rounded(x: Array) -> Array:
     """Rounds x, wherever it is computed, in the same way.
 
-    Of two loops that want it XLA:CPU could contract the product that leads to it into a following
-    sum in the one, and not in the other. Then they differ by an ulp of μ, where μ must cancel.
+    Of two loops that want it XLA could contract the product that leads to it into a following sum
+    in the one, and not in the other. Then they differ by an ulp of μ, where μ must cancel.
     """
     if jnp.iscomplexobj(x):
         return lax.complex(_rounded(x.real), _rounded(x.imag))

@@ -10,7 +10,7 @@ backends get plain sums, which they fuse by themselves.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ LARGEST_BLOCK = 20
 SMALLEST_BLOCK = 5
 # What is left after blocks of so many positions in all is summed as it is.
 ENOUGH = 64
+# Of so few equal elements one sum is near enough to their multiple.
+FEW = 128
 # How many neighbours in memory a vectorized loop needs. Where they are positions, a block has
 # every position that is so many after another.
 NEIGHBOURS = 16
@@ -55,7 +57,8 @@ class Block(NamedTuple):
         return x.shape[: self.axis], x.shape[self.axis], x.shape[self.axis + 1 :]
 
 
-# Two arrays, or where there are blocks a complex one of which they are the parts, in either order.
+# Two arrays, or where there are blocks a complex one of which they are the parts. It is conjugated
+# after each block, as XLA would make one long sum of two short ones that follow each other.
 Pair = tuple[Array, ...]
 
 
@@ -72,30 +75,46 @@ class Positions:
     def number(self) -> int:
         return math.prod(self._shape[axis] for axis in self._axes.spatial)
 
+    def count(self, mask: Array, dtype: Any) -> Array:
+        """How many positions are True in a mask of x's rank, (*batch, channels)."""
+        repeated = (axis for axis in self._axes.spatial if mask.shape[axis] == 1)
+        repeats = math.prod(self._shape[axis] for axis in repeated)
+        shape = [self._shape[axis] for axis in (*self._axes.batch, self._axes.channel)]
+        return jnp.broadcast_to(self.of(mask).sum(mask.astype(dtype)) * repeats, shape)
+
     def sum(self, x: Array) -> Array:
-        """Σx over all positions, with ones in place of the spatial axes."""
-        return x.sum(self._axes.spatial, keepdims=True)
+        """Σx over all positions, (*batch, channels)."""
+        few = isinstance(self.number, int) and self.number <= FEW
+        if few or not self._blocks:
+            return self._sum_at_once(x)
+        return self.parts(self.sums(x, x))[0]
 
     def sums(self, u: Array, v: Array) -> Pair:
-        """Σu and Σv over all positions, with ones in place of the spatial axes."""
+        """Σu and Σv over all positions, (*batch, channels)."""
         if not self._blocks:
-            return self.sum(u), self.sum(v)
+            return self._sum_at_once(u), self._sum_at_once(v)
         both = lax.complex(u, v)
         for block in self._blocks:
-            both = _exchanged(block.sum(both))
-        return (self.sum(both),)
+            both = lax.conj(block.sum(both))
+        return (self._sum_at_once(both),)
 
-    def spread(self, pair: Pair) -> Pair:
+    def along(self, values: Array) -> Array:
+        """Lays (*batch, channels) out along the axes of x, with ones elsewhere."""
+        owners = (*self._axes.batch, self._axes.channel)
+        in_order = jnp.transpose(values, sorted(range(len(owners)), key=owners.__getitem__))
+        return jnp.expand_dims(in_order, self._axes.spatial)
+
+    def spread(self, pair: Pair) -> tuple[Array, Array]:
         """Gives every position the two values of its channel; the transpose of `sums`."""
         if not self._blocks:
-            return pair  # They broadcast by themselves.
-        (both,) = pair
+            u, v = map(self.along, pair)
+            return u, v  # They broadcast by themselves.
         shape = list(self._shape)
         for block in self._blocks:
             shape[block.axis] //= block.size
-        both = jnp.broadcast_to(both, shape)
+        both = jnp.broadcast_to(self.along(*pair), shape)
         for block in reversed(self._blocks):
-            both = block.spread(_exchanged(both))
+            both = block.spread(lax.conj(both))
         return both.real, both.imag
 
     def pair(self, u: Array, v: Array) -> Pair:
@@ -104,17 +123,21 @@ class Positions:
             return u, v
         return (self._as_after_the_blocks(lax.complex(u, v)),)
 
-    def parts(self, pair: Pair) -> Pair:
+    def parts(self, pair: Pair) -> tuple[Array, Array]:
         """The two values of a pair."""
         if not self._blocks:
-            return pair
-        (both,) = pair
-        both = self._as_after_the_blocks(both)
+            u, v = pair
+            return u, v
+        both = self._as_after_the_blocks(*pair)
         return both.real, both.imag
 
     def _as_after_the_blocks(self, both: Array) -> Array:
-        """Each block has exchanged the parts; its own inverse."""
-        return _exchanged(both) if len(self._blocks) % 2 else both
+        """Each block has conjugated them; its own inverse."""
+        return lax.conj(both) if len(self._blocks) % 2 else both
+
+    def _sum_at_once(self, x: Array) -> Array:
+        channel = sum(axis < self._axes.channel for axis in self._axes.batch)
+        return jnp.moveaxis(x.sum(self._axes.spatial), channel, -1)
 
     def of(self, x: Array) -> "Positions":
         """Those of another array with the same axes."""
@@ -183,8 +206,3 @@ def _blocks(shape: Sequence[int], spatial: Sequence[int]) -> list[Block]:
         blocks.append(Block(axis, number, strides[axis]))
         sizes[axis] //= number
     return blocks if blocks and blocks[0].size >= SMALLEST_BLOCK else []
-
-
-def _exchanged(x: Array) -> Array:
-    """The parts in the other places, without which XLA makes one long sum of two short ones."""
-    return lax.complex(x.imag, x.real)

@@ -28,52 +28,52 @@ class Mutant(NamedTuple):
     tests: tuple[str, ...]
 
 
-VARIANCE = "    value = sum_d2 / n - _squared_magnitude(sum_d / n.astype(sum_d.dtype))\n"
-SUMS = "        return self.shards.sum(*self.positions.parts(tuple(sums)))\n"
+VARIANCE = "    value = mean_square - _squared_magnitude(m)\n"
+SUMS = "        sum_d, sum_d2 = self.shards.sum(*self.positions.parts(tuple(sums)))\n"
 
 MUTANTS = (
     # The equation
     Mutant(
         "another epsilon",
         "_group_norm.py",
-        "_inverse_sqrt(variance(n, sum_d, sum_d2) + epsilon)",
-        "_inverse_sqrt(variance(n, sum_d, sum_d2) + 1.001 * epsilon)",
+        "_inverse_sqrt(variance(m, mean_square) + epsilon)",
+        "_inverse_sqrt(variance(m, mean_square) + 1.001 * epsilon)",
         ("values", "seeds"),
     ),
     Mutant(
         "epsilon beside the standard deviation",
         "_group_norm.py",
-        "_inverse_sqrt(variance(n, sum_d, sum_d2) + epsilon)",
-        "1 / (jnp.sqrt(variance(n, sum_d, sum_d2)) + epsilon)",
+        "_inverse_sqrt(variance(m, mean_square) + epsilon)",
+        "1 / (jnp.sqrt(variance(m, mean_square)) + epsilon)",
         ("values", "seeds"),
     ),
     Mutant(
         "unbiased variance",
-        "_moments.py",
-        VARIANCE,
-        VARIANCE + "    value = value * n / jnp.maximum(n - 1, 1)\n",
+        "_group_norm.py",
+        "variance(m, mean_square) + epsilon",
+        "variance(m, mean_square) * n / jnp.maximum(n - 1, 1) + epsilon",
         ("values", "seeds"),
     ),
     Mutant(
         "the mean's square forgotten",
         "_moments.py",
         VARIANCE,
-        "    value = sum_d2 / n\n",
+        "    value = mean_square\n",
         ("values",),
     ),
     Mutant(
         "interleaved groups",
         "_groups.py",
-        "return last.reshape(*last.shape[:-1], self._num_groups, self.size)",
-        "return last.reshape(*last.shape[:-1], self.size, self._num_groups).swapaxes(-1, -2)",
+        "per_channel.reshape(*per_channel.shape[:-1], self._num_groups, *self._factors)",
+        "jnp.moveaxis(per_channel.reshape(*per_channel.shape[:-1], *self._factors, "
+        "self._num_groups), -1, -1 - len(self._factors))",
         ("values", "groups"),
     ),
     Mutant(
         "groups spread to the wrong channels",
         "_groups.py",
-        "last = grouped.reshape(*grouped.shape[:-2], self._num_groups * self.size)",
-        "last = grouped.swapaxes(-1, -2).reshape("
-        "*grouped.shape[:-2], self._num_groups * self.size)",
+        "grouped.reshape(*per_group.shape[:-1], self._num_groups * self.size)",
+        "grouped.swapaxes(-1, -2).reshape(*per_group.shape[:-1], self._num_groups * self.size)",
         ("groups", "values"),
     ),
     Mutant(
@@ -91,8 +91,8 @@ MUTANTS = (
         ("values",),
     ),
     Mutant(
-        "rows of scale along the wrong axes",
-        "_group_norm.py",
+        "values of channels along the wrong axes",
+        "_positions.py",
         "jnp.transpose(values, sorted(range(len(owners)), key=owners.__getitem__))",
         "values",
         ("values",),
@@ -130,7 +130,7 @@ MUTANTS = (
     Mutant(
         "no shift",
         "_moments.py",
-        "_rounded(total / self.number(sample).astype(x.dtype))",
+        "_rounded(total * jnp.asarray(1 / self._count(sample), x.dtype))",
         "0 * total",
         ("values",),
     ),
@@ -151,7 +151,7 @@ MUTANTS = (
     Mutant(
         "the output around the sample's mean",
         "_moments.py",
-        "lax.stop_gradient(k + _rounded(sum_d / n))",
+        "lax.stop_gradient(k + _rounded(m))",
         "k",
         ("values",),
     ),
@@ -165,8 +165,8 @@ MUTANTS = (
     Mutant(
         "the rest of the mean forgotten",
         "_moments.py",
-        "(sum_d - n * (rounded - k)) / n",
-        "0 * sum_d",
+        "m - (rounded - k)",
+        "0 * m",
         ("values", "derivatives"),
     ),
     Mutant(
@@ -216,38 +216,36 @@ MUTANTS = (
     Mutant(
         "no gradient through the variance",
         "_group_norm.py",
-        "_inverse_sqrt(variance(n, sum_d, sum_d2) + epsilon)",
-        "_inverse_sqrt(lax.stop_gradient(variance(n, sum_d, sum_d2)) + epsilon)",
+        "_inverse_sqrt(variance(m, mean_square) + epsilon)",
+        "_inverse_sqrt(lax.stop_gradient(variance(m, mean_square)) + epsilon)",
         ("derivatives",),
     ),
     Mutant(
         "no gradient through the mean",
         "_group_norm.py",
-        "    sum_d, sum_d2 = map(kept, reduction.sums(x, k))\n",
-        "    sum_d, sum_d2 = map(kept, reduction.sums(x, k))\n"
-        "    sum_d = lax.stop_gradient(sum_d)\n",
+        "    m, mean_square = map(kept, reduction.moments(x, k, n))\n",
+        "    m, mean_square = map(kept, reduction.moments(x, k, n))\n"
+        "    m = lax.stop_gradient(m)\n",
         ("derivatives",),
     ),
     Mutant(
         "right for first derivatives only",
         "_moments.py",
         VARIANCE,
-        "    m = sum_d / n.astype(sum_d.dtype)\n"
-        "    value = sum_d2 / n - (2 * m - lax.stop_gradient(m)) * lax.stop_gradient(m)\n",
+        "    value = mean_square - (2 * m - lax.stop_gradient(m)) * lax.stop_gradient(m)\n",
         ("derivatives",),
     ),
     Mutant(
         "the mean's square without a gradient",
         "_moments.py",
         VARIANCE,
-        "    m = lax.stop_gradient(sum_d / n.astype(sum_d.dtype))\n"
-        "    value = sum_d2 / n - _squared_magnitude(m)\n",
+        "    value = mean_square - _squared_magnitude(lax.stop_gradient(m))\n",
         ("derivatives",),
     ),
     Mutant(
         "no derivative where variance and epsilon are 0",
         "_group_norm.py",
-        "    return jnp.where(x == 0, 0, 1 / jnp.sqrt(positive))\n",
+        "    return 1 / jnp.sqrt(jnp.where(x == 0, jnp.inf, x))\n",
         "    return 1 / jnp.sqrt(x)\n",
         ("values", "derivatives"),
     ),
@@ -276,29 +274,29 @@ MUTANTS = (
     Mutant(
         "mask ignored",
         "_moments.py",
-        "d = self._where_counted(x - self.groups.spread(k))",
-        "d = x - self.groups.spread(k)",
+        "d = self._where_counted(x - self.along(k))",
+        "d = x - self.along(k)",
         ("mask",),
     ),
     Mutant(
         "mask ignored in the variance",
         "_moments.py",
         "self.positions.sums(d, _squared_magnitude(d))",
-        "self.positions.sums(d, _squared_magnitude(x - self.groups.spread(k)))",
+        "self.positions.sums(d, _squared_magnitude(x - self.along(k)))",
         ("mask",),
     ),
     Mutant(
         "mask ignored in k",
         "_moments.py",
-        "self.positions.of(sample), self._where_counted(sample)",
-        "self.positions.of(sample), sample",
+        "sum(self._where_counted(sample))",
+        "sum(sample)",
         ("mask",),
     ),
     Mutant(
         "masked elements counted",
-        "_groups.py",
-        "        if mask is None:\n            positions",
-        "        if True:\n            positions",
+        "_moments.py",
+        "        if self.mask is None:\n            (count,)",
+        "        if True:\n            (count,)",
         ("mask", "groups"),
     ),
     Mutant(
@@ -342,11 +340,11 @@ MUTANTS = (
         "a mean of means",
         "_moments.py",
         SUMS,
-        "        local = jnp.maximum(self.groups.count(x, self.mask), 1)\n"
+        "        local = self._replace(shards=Shards(None, None))._count(x)\n"
         "        means = [part / local for part in self.positions.parts(tuple(sums))]\n"
         "        if self.shards.axis_name is not None:\n"
         "            means = lax.pmean(means, *self.shards)\n"
-        "        return [mean * self.number(x) for mean in means]\n",
+        "        sum_d, sum_d2 = [mean * n for mean in means]\n",
         ("sharding",),
     ),
     Mutant(
@@ -359,8 +357,8 @@ MUTANTS = (
     Mutant(
         "each shard around its own pivot",
         "_moments.py",
-        "        (total,) = self.shards.sum(total)\n",
-        "",
+        "(total,) = self.shards.sum(self.groups.sum(total))",
+        "total = self.groups.sum(total)",
         ("sharding",),
     ),
     # How it is computed
@@ -388,29 +386,29 @@ MUTANTS = (
     Mutant(
         "two short sums that XLA makes one long of",
         "_positions.py",
-        "    return lax.complex(x.imag, x.real)\n",
-        "    return x\n",
+        "            both = lax.conj(block.sum(both))\n",
+        "            both = block.sum(both)\n",
         ("structure",),
     ),
     Mutant(
-        "the two sums exchanged",
+        "the second sum not conjugated",
         "_positions.py",
-        "            both = _exchanged(block.sum(both))\n",
+        "            both = lax.conj(block.sum(both))\n",
         "            both = block.sum(both)\n",
         ("groups",),
     ),
     Mutant(
-        "the two values spread exchanged",
+        "the second value spread not conjugated",
         "_positions.py",
-        "            both = block.spread(_exchanged(both))\n",
+        "            both = block.spread(lax.conj(both))\n",
         "            both = block.spread(both)\n",
         ("groups",),
     ),
     Mutant(
         "the parts of a pair taken as they stand",
         "_positions.py",
-        "        both = self._as_after_the_blocks(both)\n",
-        "",
+        "        both = self._as_after_the_blocks(*pair)\n",
+        "        (both,) = pair\n",
         ("groups",),
     ),
     Mutant(
@@ -423,15 +421,29 @@ MUTANTS = (
     Mutant(
         "plain broadcasts of groups of every size",
         "_groups.py",
-        "in_the_innermost_loop and self.size % LANES != 0 and is_on_one_cpu(x)",
-        "False",
+        "            and self.size % LANES != 0\n",
+        "            and False\n",
         ("structure",),
     ),
     Mutant(
         "products for groups of every size",
         "_groups.py",
-        "in_the_innermost_loop and self.size % LANES != 0 and is_on_one_cpu(x)",
-        "is_on_one_cpu(x)",
+        "            and in_the_innermost_loop\n            and self.size % LANES != 0\n",
+        "",
+        ("structure",),
+    ),
+    Mutant(
+        "large groups summed along one axis",
+        "_groups.py",
+        "_factors(self.size) if short_axes else",
+        "(self.size,) if short_axes else",
+        ("structure",),
+    ),
+    Mutant(
+        "long sums at once for k",
+        "_positions.py",
+        "FEW = 128\n",
+        "FEW = 2**30\n",
         ("structure",),
     ),
     Mutant(

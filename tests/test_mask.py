@@ -39,6 +39,16 @@ def test_every_broadcastable_shape(shape):
     assert (np.abs(y - wanted) <= tolerance("float32", 60) * largest).all()
 
 
+def test_a_complex_x():
+    x, mask = random(SHAPE, dtype="complex64"), np.random.default_rng(4).random(SHAPE) < 0.6
+    cotangent = random(SHAPE, 3, dtype="complex64")
+    y, vjp = jax.vjp(lambda x: jgn.group_norm(x, GROUPS, mask=mask), x)
+    oracle = Oracle(x, GROUPS, mask=mask)
+    for actual, wanted in ((y, oracle.y), (vjp(cotangent)[0], oracle.gradients(cotangent).x)):
+        atol = tolerance("float32", 60) * np.abs(wanted).max()
+        np.testing.assert_allclose(actual, wanted, rtol=0, atol=atol)
+
+
 @pytest.mark.parametrize("channel_axis", [0, 1, 2])
 def test_with_the_channels_elsewhere(channel_axis):
     x, mask = random((4, 8, 12)), np.random.default_rng(4).random((4, 8, 12)) < 0.6

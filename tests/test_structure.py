@@ -173,14 +173,35 @@ def test_the_count_of_compilations_sees_separate_operations():
     assert compilations(lambda: (x - x.mean()) * x) >= 3
 
 
-@pytest.mark.parametrize("num_groups", [3, 6])
-def test_compiled_every_sum_of_a_block_stays_one(num_groups):
+@pytest.mark.parametrize(
+    ("shape", "num_groups", "sums"),
+    [
+        # Over 15 columns, 14 rows and the 8 channels of a group.
+        ((4, 14, 15, 24), 3, 3),
+        # 4 channels are in a product.
+        ((4, 14, 15, 24), 6, 2),
+        # Over 16 columns, 16 rows and what is left, and for k over the same of its sample.
+        ((1, 128, 128, 24), 6, 6),
+    ],
+)
+def test_compiled_every_sum_of_a_block_stays_one(shape, num_groups, sums):
     """Of two that XLA made one, the sum would be too long to be part of a vectorized loop."""
-    x = random(SHAPE["channels last"])
+    x = random(shape)
     hlo = jax.jit(lambda x: jgn.group_norm(x, num_groups)).lower(x).compile().as_text()
-    # Over 15 columns, 14 rows and the 8 channels of a group, and for k over its sample's columns
-    # and the channels again; 4 channels are in a product.
-    assert len(re.findall(r"= c64\S* reduce\(", hlo)) == (5 if num_groups == 3 else 3)
+    assert len(re.findall(r"= c64\S* reduce\(", hlo)) == sums
+
+
+def test_compiled_a_sum_over_a_large_group_stays_one():
+    """XLA:CPU makes a windowed sum and another of one over more than 32 elements along an axis."""
+    x = random((2, 16, 16, 80))
+
+    def value_and_gradient(x):
+        y, vjp = jax.vjp(lambda x: jgn.group_norm(x, 2), x)
+        return y, vjp(y)
+
+    hlo = jax.jit(value_and_gradient).lower(x).compile().as_text()
+    assert " reduce(" in hlo
+    assert "reduce-window(" not in hlo
 
 
 @LAYOUT
