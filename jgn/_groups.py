@@ -30,20 +30,13 @@ class Groups:
     """
 
     def __init__(self, x: Array, axes: Axes, num_groups: int):
-        channels = x.shape[axes.channel]
         self._num_groups = num_groups
-        self.size = channels // num_groups
+        self.size = x.shape[axes.channel] // num_groups
         in_the_innermost_loop = axes.channel == x.ndim - 1
         on_one_cpu = is_on_one_cpu(x)
-        self._multiplies = (
-            on_one_cpu
-            and 1 < num_groups < channels
-            and in_the_innermost_loop
-            and self.size % LANES != 0
-        )
-        self._is_the_axis = num_groups == 1 and not on_one_cpu
-        short_axes = on_one_cpu and not self._multiplies
-        self._factors = _factors(self.size) if short_axes else (self.size,)
+        self._multiplies = on_one_cpu and in_the_innermost_loop and self.size % LANES != 0
+        sums_short_axes = on_one_cpu and not self._multiplies
+        self._factors = _factors(self.size) if sums_short_axes else (self.size,)
         sharding = jax.typeof(x).sharding
         self._channel_sharding = sharding.spec[axes.channel]
         self._span_devices = num_groups % partitions(sharding, axes.channel) != 0
@@ -52,7 +45,7 @@ class Groups:
         """Sums a value a channel over every group."""
         if self.size == 1:
             return per_channel
-        if self._is_the_axis:
+        if self._num_groups == 1:
             return per_channel.sum(-1, keepdims=True)
         if self._span_devices:
             per_channel = _reshard_last(per_channel, None)
@@ -63,7 +56,7 @@ class Groups:
 
     def spread(self, per_group: Array) -> Array:
         """Gives every channel its group's value."""
-        if self.size == 1 or self._is_the_axis:
+        if self.size == 1 or self._num_groups == 1:
             return per_group  # It broadcasts by itself.
         if self._multiplies:
             two_columns = jnp.stack([per_group, jnp.zeros_like(per_group)], axis=-1)

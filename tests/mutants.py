@@ -421,22 +421,22 @@ MUTANTS = (
     Mutant(
         "plain broadcasts of groups of every size",
         "_groups.py",
-        "            and self.size % LANES != 0\n",
-        "            and False\n",
+        "in_the_innermost_loop and self.size % LANES != 0",
+        "False",
         ("structure",),
     ),
     Mutant(
         "products for groups of every size",
         "_groups.py",
-        "            and in_the_innermost_loop\n            and self.size % LANES != 0\n",
-        "",
+        "on_one_cpu and in_the_innermost_loop and self.size % LANES != 0",
+        "on_one_cpu",
         ("structure",),
     ),
     Mutant(
         "large groups summed along one axis",
         "_groups.py",
-        "_factors(self.size) if short_axes else",
-        "(self.size,) if short_axes else",
+        "_factors(self.size) if sums_short_axes else",
+        "(self.size,) if sums_short_axes else",
         ("structure",),
     ),
     Mutant(

@@ -189,10 +189,11 @@ def test_a_variance_that_rounding_puts_below_0_is_0():
 
 
 @pytest.mark.parametrize("channels", [40, 64, 74, 96, 512, 1024])
-def test_a_sum_over_many_channels_loses_few_digits(channels):
+@pytest.mark.parametrize("num_groups", [1, 2])
+def test_a_sum_over_many_channels_loses_few_digits(channels, num_groups):
     """As one long sum that of two sums at once was 15 units in the last place off at 512."""
-    x = np.abs(random((256, 1, channels)))
-    groups = parts_of(x, 1)[1]
-    total = jax.jit(lambda x: groups.sum(jax.lax.complex(x, x)).real)(x[:, 0])
-    wanted = x.astype(np.float64).sum(-1)
+    x = np.abs(random((256, num_groups * channels, 1)))
+    groups = parts_of(x, num_groups, channel_axis=1)[1]
+    total = jax.jit(lambda x: groups.sum(jax.lax.complex(x, x)).real)(x[..., 0])
+    wanted = x.astype(np.float64).reshape(256, num_groups, channels).sum(-1)
     assert (np.abs(total - wanted) / np.spacing(np.float32(wanted))).max() <= 6
