@@ -15,9 +15,10 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Num
 
 from jgn._axes import Axes, check_num_groups, resolve_axes
+from jgn._blocks import positions_of
 from jgn._groups import Groups
-from jgn._moments import RESIDUAL, Reduction, Shards, kept, mean, variance
-from jgn._positions import Positions
+from jgn._moments import MOMENTS, SUMS, Reduction, Shards, kept, mean, variance
+from jgn._positions import is_on_one
 
 
 def group_norm(
@@ -162,16 +163,19 @@ def _group_norm(
     # The identity holds for every k, so stopping its gradient changes no derivative of any order.
     constant = widened(lax.stop_gradient(x))
     reduction = Reduction(
-        Positions(constant, axes), Groups(constant, axes, num_groups), mask, shards
+        positions_of(constant, axes), Groups(constant, axes, num_groups), mask, shards
     )
     k, n = reduction.near_mean(constant), reduction.number(constant)
 
     # The barrier before x keeps XLA from merging the differences x − k of the forward pass with
-    # those of the backward pass, which would keep a second array of x's size in between.
+    # those of the backward pass, which would keep a second array of x's size in between. Groups of
+    # one position do without, as kernels may contain their sums: see `Positions.once_a_channel`.
     @functools.partial(
         jax.checkpoint,
-        policy=jax.checkpoint_policies.save_only_these_names(RESIDUAL),
-        prevent_cse=(True, False, False, False, False),
+        policy=jax.checkpoint_policies.save_only_these_names(
+            MOMENTS if is_on_one("cpu", constant) else SUMS
+        ),
+        prevent_cse=(reduction.positions.number != 1, False, False, False, False),
     )
     def normalized(x, k, n, scale, bias):
         scale = None if scale is None else _rows(scale.astype(compute_dtype), axes)
@@ -197,18 +201,20 @@ def _normalize(
     epsilon: float,
 ) -> Array:
     """y = scale · (x − μ) / √(σ² + ε) + bias = (x − pivot) · a + b."""
-    m, mean_square = map(kept, reduction.moments(x, k, n))
-    r = kept(_inverse_sqrt(variance(m, mean_square) + epsilon))
+    positions = reduction.positions
+    m, mean_square = reduction.moments(x, k, n)
+    r = kept(_inverse_sqrt(variance(m, mean_square) + epsilon), MOMENTS)
 
     pivot, rest = mean(k, m)
-    rest, r = reduction.to_channels(rest, r)
-    a = r.astype(x.dtype)
+    rest, a = reduction.to_channels(rest, r.astype(x.dtype))
     a = a if scale is None else a * scale
     b = -rest * a
     b = b if bias is None else b + bias
+    pivot, a, b = positions.once_a_channel(reduction.groups.spread(pivot), a, b)
 
-    a, b = reduction.to_positions(a, b)
-    return (x - reduction.along(pivot)) * a + b
+    a, b = positions.spread(positions.pair(a, b))
+    # What has passed a barrier would have a gradient.
+    return (x - positions.along(lax.stop_gradient(pivot))) * a + b
 
 
 def _inverse_sqrt(x: Array) -> Array:

@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from jgn._axes import Axes
-from jgn._positions import is_on_one_cpu, partitions
+from jgn._positions import is_on_one, partitions
 
 # How many elements a vectorized loop of XLA:CPU takes at once. A plain broadcast from groups to
 # channels is fused into the loop over x, which for groups of another size divides an index for each
@@ -33,7 +33,7 @@ class Groups:
         self._num_groups = num_groups
         self.size = x.shape[axes.channel] // num_groups
         in_the_innermost_loop = axes.channel == x.ndim - 1
-        on_one_cpu = is_on_one_cpu(x)
+        on_one_cpu = is_on_one("cpu", x)
         self._multiplies = on_one_cpu and in_the_innermost_loop and self.size % LANES != 0
         sums_short_axes = on_one_cpu and not self._multiplies
         self._factors = _factors(self.size) if sums_short_axes else (self.size,)

@@ -19,15 +19,17 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jgn._groups import Groups
-from jgn._positions import Positions, is_on_one_cpu
+from jgn._positions import Positions, is_on_one
 
 # One position in so many decides k: 2 % of a pass over x, and an error of at most 65 u.
 STRIDE = 64
 # So many elements at least, whose mean is seldom further than σ/2 from μ.
 SAMPLE = 32
 
-# The name of what autodiff keeps for the backward pass besides x, k and the parameters.
-RESIDUAL = "group_norm_moments"
+# The names of what autodiff can keep for the backward pass besides x, k and the parameters: either
+# will do. From moments the way is shorter, but one array of sums is one kernel less on a GPU.
+SUMS = "group_norm_sums"
+MOMENTS = "group_norm_moments"
 
 
 class Shards(NamedTuple):
@@ -56,36 +58,35 @@ class Reduction(NamedTuple):
         if isinstance(self.positions.number, int):  # Not symbolic.
             stride = min(STRIDE, max(1, self.positions.number * self.groups.size // SAMPLE))
         sample = x if self.mask is not None else self.positions.sample(x, stride)
+        inverse = jnp.asarray(1 / self._count(sample), x.dtype)
+        if self.mask is None:  # So that no product, but a sum, is the last step.
+            k = self.positions.of(sample).sum(sample * inverse)
+            (k,) = self.shards.sum(self.groups.sum(k))
+            return k
         total = self.positions.of(sample).sum(self._where_counted(sample))
         (total,) = self.shards.sum(self.groups.sum(total))
-        return _rounded(total * jnp.asarray(1 / self._count(sample), x.dtype))
+        return _rounded(total * inverse)
 
     def number(self, x: Array) -> Array:
         """n: how many elements of every group count, but at least 1."""
         n = jnp.asarray(self._count(x), jnp.finfo(x.dtype).dtype)
         # XLA:CPU would multiply by the reciprocal of a number that it knows. A quotient it computes
         # once a group, a product for every position again.
-        return lax.optimization_barrier(n) if is_on_one_cpu(x) else n
+        return lax.optimization_barrier(n) if is_on_one("cpu", x) else n
 
     def moments(self, x: Array, k: Array, n: Array) -> tuple[Array, Array]:
         """m = E[d] and E[|d|²] of every group."""
-        d = self._where_counted(x - self.along(k))
-        sums = map(self.groups.sum, self.positions.sums(d, _squared_magnitude(d)))
-        sum_d, sum_d2 = self.shards.sum(*self.positions.parts(tuple(sums)))
-        return sum_d / n.astype(sum_d.dtype), sum_d2 / n
-
-    def along(self, per_group: Array) -> Array:
-        """Lays a value a group out along the axes of x."""
-        return self.positions.along(self.groups.spread(per_group))
+        d = self._where_counted(x - self.positions.along(self.groups.spread(k)))
+        pair = self.positions.sums(d, _squared_magnitude(d).astype(d.dtype))
+        (pair,) = self.shards.sum(self.groups.sum(pair))
+        sum_d, sum_d2 = self.positions.parts(kept(pair, SUMS))
+        m = sum_d / n.astype(d.dtype)
+        m = m if is_on_one("cpu", x) else _refined(m, k, sum_d, n.astype(d.dtype))
+        return kept(m, MOMENTS), kept(sum_d2.real / n, MOMENTS)
 
     def to_channels(self, u: Array, v: Array) -> tuple[Array, Array]:
         """Gives every channel its group's u and v."""
-        spread = map(self.groups.spread, self.positions.pair(u, v))
-        return self.positions.parts(tuple(spread))
-
-    def to_positions(self, u: Array, v: Array) -> tuple[Array, Array]:
-        """Gives every position its channel's u and v."""
-        return self.positions.spread(self.positions.pair(u, v))
+        return self.positions.parts(self.groups.spread(self.positions.pair(u, v)))
 
     def _where_counted(self, values: Array) -> Array:
         return values if self.mask is None else jnp.where(self.mask, values, 0)
@@ -101,11 +102,11 @@ class Reduction(NamedTuple):
         return jnp.maximum(count, 1)
 
 
-def kept(per_group: Array) -> Array:
+def kept(per_group: Array, name: str) -> Array:
     """Names it for `jax.checkpoint`; by parts, as that fails on complex values."""
     if jnp.iscomplexobj(per_group):
-        return lax.complex(kept(per_group.real), kept(per_group.imag))
-    return checkpoint_name(per_group, RESIDUAL)
+        return lax.complex(kept(per_group.real, name), kept(per_group.imag, name))
+    return checkpoint_name(per_group, name)
 
 
 def variance(m: Array, mean_square: Array) -> Array:
@@ -123,6 +124,15 @@ def mean(k: Array, m: Array) -> tuple[Array, Array]:
     """
     rounded = lax.stop_gradient(k + _rounded(m))
     return rounded, m - (rounded - k)
+
+
+def _refined(m: Array, k: Array, sum_d: Array, n: Array) -> Array:
+    """m where quotients are not exact, as on GPUs: in a group of equal elements it is k's distance.
+
+    There d and n·d have few digits, so that Σd − n·d is 0 though Σd / n is not d.
+    """
+    distance = lax.stop_gradient(k + _rounded(m)) - k
+    return distance + (sum_d - n * distance) / n
 
 
 def _rounded(x: Array) -> Array:

@@ -1,16 +1,8 @@
-"""Sums over all positions, two in one pass over memory, and the way back to the positions.
-
-XLA:CPU makes every sum in a pass of its own, and takes about as long again for each step that leads
-to its terms. Only a sum of a few elements becomes part of a vectorized loop, along with its terms.
-So on a CPU the spatial axes are summed block by block, and what that leaves again, until little is
-left: the first of these sums is the only one over an array of x's size. It takes two arrays at
-once, as the real and the imaginary part of one, and so does what follows, down to the groups. Other
-backends get plain sums, which they fuse by themselves.
-"""
+"""Sums over all positions, two at a time, and the way back to the positions."""
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,57 +11,27 @@ from jax.sharding import NamedSharding
 
 from jgn._axes import Axes
 
-# XLA:CPU unrolls a sum of so few elements; much smaller blocks leave too much for the next sums.
-LARGEST_BLOCK = 20
-SMALLEST_BLOCK = 5
-# What is left after blocks of so many positions in all is summed as it is.
-ENOUGH = 64
-# Of so few equal elements one sum is near enough to their multiple.
-FEW = 128
-# How many neighbours in memory a vectorized loop needs. Where they are positions, a block has
-# every position that is so many after another.
-NEIGHBOURS = 16
-
-
-class Block(NamedTuple):
-    """Along an axis, how many positions are summed at once, and how far apart these are."""
-
-    axis: int
-    size: int
-    stride: int
-
-    def sum(self, x: Array) -> Array:
-        """Sums the blocks of x."""
-        before, size, after = self._around(x)
-        split = (size // (self.size * self.stride), self.size, self.stride)
-        summed = x.reshape(*before, *split, *after).sum(self.axis + 1)
-        return summed.reshape(*before, size // self.size, *after)
-
-    def spread(self, x: Array) -> Array:
-        """Repeats the elements of x as many times as `sum` adds up; its transpose."""
-        before, size, after = self._around(x)
-        split = (size // self.stride, 1, self.stride)
-        shape = (*before, split[0], self.size, self.stride, *after)
-        repeated = jnp.broadcast_to(x.reshape(*before, *split, *after), shape)
-        return repeated.reshape(*before, size * self.size, *after)
-
-    def _around(self, x: Array) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
-        return x.shape[: self.axis], x.shape[self.axis], x.shape[self.axis + 1 :]
-
-
-# Two arrays, or where there are blocks a complex one of which they are the parts. It is conjugated
-# after each block, as XLA would make one long sum of two short ones that follow each other.
-Pair = tuple[Array, ...]
+# So many positions that one part of them keeps the threads of a GPU's multiprocessor busy.
+PART = 256
+# With fewer, most threads would wait; with more, XLA:GPU makes parts by itself.
+SMALLEST_PART, LARGEST_PART = 32, 4096
 
 
 class Positions:
-    """The spatial axes of x, and the blocks by which they are summed where that is faster."""
+    """The spatial axes of x.
+
+    Two values a channel or a group are a pair: one array, in which they are stacked, so that what
+    is computed of small arrays takes half as many kernels. XLA:GPU gives one multiprocessor the
+    sums over up to 4,096 positions, of a few channels at a time, which for most inputs leaves most
+    multiprocessors idle. So on a GPU, where channels are innermost, the positions are summed in
+    parts first. (Of two sums that follow each other XLA would make one again; of pairs it does
+    not.)
+    """
 
     def __init__(self, x: Array, axes: Axes):
         self._shape = x.shape
         self._axes = axes
-        in_blocks = is_on_one_cpu(x) and not jnp.iscomplexobj(x)
-        self._blocks = _blocks(x.shape, axes.spatial) if in_blocks else []
+        self._split = _split(x.shape, axes) if is_on_one("gpu", x) else None
 
     @property
     def number(self) -> int:
@@ -84,19 +46,31 @@ class Positions:
 
     def sum(self, x: Array) -> Array:
         """Σx over all positions, (*batch, channels)."""
-        few = isinstance(self.number, int) and self.number <= FEW
-        if few or not self._blocks:
-            return self._sum_at_once(x)
-        return self.parts(self.sums(x, x))[0]
+        return self.parts(self.sums(x, x))[0] if self._split else self._sum_at_once(x)
 
-    def sums(self, u: Array, v: Array) -> Pair:
-        """Σu and Σv over all positions, (*batch, channels)."""
-        if not self._blocks:
-            return self._sum_at_once(u), self._sum_at_once(v)
-        both = lax.complex(u, v)
-        for block in self._blocks:
-            both = lax.conj(block.sum(both))
-        return (self._sum_at_once(both),)
+    def sums(self, u: Array, v: Array) -> Array:
+        """The pair of Σu and Σv over all positions, (*batch, channels)."""
+        if not self._split:
+            return self.pair(self._sum_at_once(u), self._sum_at_once(v))
+        batch, channels = self._batch_and_channels(u.shape)
+        part = len(batch)
+        split = (*batch, *self._split, channels)
+        return self.pair(*(x.reshape(split).sum(part + 1) for x in (u, v))).sum(1 + part)
+
+    def spread(self, pair: Array) -> tuple[Array, Array]:
+        """Gives every position the two values of its channel; the transpose of `sums`."""
+        if not self._split:
+            u, v = map(self.along, self.parts(pair))
+            return u, v  # They broadcast by themselves.
+        batch, channels = self._batch_and_channels(self._shape)
+        number, size = self._split
+        pair = jnp.broadcast_to(pair, (2, *batch, channels))
+        pair = jnp.broadcast_to(pair[..., None, :], (2, *batch, number, channels))
+        u, v = (
+            jnp.broadcast_to(x[..., None, :], (*batch, number, size, channels)).reshape(self._shape)
+            for x in self.parts(pair)
+        )
+        return u, v
 
     def along(self, values: Array) -> Array:
         """Lays (*batch, channels) out along the axes of x, with ones elsewhere."""
@@ -104,44 +78,26 @@ class Positions:
         in_order = jnp.transpose(values, sorted(range(len(owners)), key=owners.__getitem__))
         return jnp.expand_dims(in_order, self._axes.spatial)
 
-    def spread(self, pair: Pair) -> tuple[Array, Array]:
-        """Gives every position the two values of its channel; the transpose of `sums`."""
-        if not self._blocks:
-            u, v = map(self.along, pair)
-            return u, v  # They broadcast by themselves.
-        shape = list(self._shape)
-        for block in self._blocks:
-            shape[block.axis] //= block.size
-        both = jnp.broadcast_to(self.along(*pair), shape)
-        for block in reversed(self._blocks):
-            both = block.spread(lax.conj(both))
-        return both.real, both.imag
-
-    def pair(self, u: Array, v: Array) -> Pair:
+    def pair(self, u: Array, v: Array) -> Array:
         """Two values a channel or a group as `sums` gives them."""
-        if not self._blocks:
-            return u, v
-        return (self._as_after_the_blocks(lax.complex(u, v)),)
+        return jnp.stack(jnp.broadcast_arrays(u, v))
 
-    def parts(self, pair: Pair) -> tuple[Array, Array]:
+    def parts(self, pair: Array) -> tuple[Array, Array]:
         """The two values of a pair."""
-        if not self._blocks:
-            u, v = pair
-            return u, v
-        both = self._as_after_the_blocks(*pair)
-        return both.real, both.imag
+        return pair[0], pair[1]
 
-    def _as_after_the_blocks(self, both: Array) -> Array:
-        """Each block has conjugated them; its own inverse."""
-        return lax.conj(both) if len(self._blocks) % 2 else both
+    def once_a_channel(self, *values: Array) -> Sequence[Array]:
+        """Values of channels, computed before anything that wants them for every position.
 
-    def _sum_at_once(self, x: Array) -> Array:
-        channel = sum(axis < self._axes.channel for axis in self._axes.batch)
-        return jnp.moveaxis(x.sum(self._axes.spatial), channel, -1)
+        XLA would compute at least some of them as often as they are wanted. They are stacked, which
+        makes another array of them: XLA:GPU of jaxlib 0.11 takes the two sides of a barrier for two
+        arrays, and lets a kernel write over the one while it reads the other.
+        """
+        return tuple(lax.optimization_barrier(jnp.stack(jnp.broadcast_arrays(*values))))
 
     def of(self, x: Array) -> "Positions":
         """Those of another array with the same axes."""
-        return Positions(x, self._axes)
+        return type(self)(x, self._axes)
 
     def sample(self, x: Array, one_in: int) -> Array:
         """At least one in so many positions of x, skipping along the first spatial axes first."""
@@ -153,13 +109,20 @@ class Positions:
             one_in //= strides[axis]
         return lax.slice(x, (0,) * x.ndim, x.shape, strides)
 
+    def _sum_at_once(self, x: Array) -> Array:
+        channel = sum(axis < self._axes.channel for axis in self._axes.batch)
+        return jnp.moveaxis(x.sum(self._axes.spatial), channel, -1)
 
-def is_on_one_cpu(x: Array) -> bool:
-    """Whether x is traced for one CPU, and for more than one operation at a time.
+    def _batch_and_channels(self, shape: Sequence[int]) -> tuple[tuple[int, ...], int]:
+        return tuple(shape[axis] for axis in self._axes.batch), shape[self._axes.channel]
+
+
+def is_on_one(platform: str, x: Array) -> bool:
+    """Whether x is traced for one such device, and for more than one operation at a time.
 
     Where devices share an axis, what is summed over a part of it would travel between them.
     """
-    alone = jax.default_backend() == "cpu" and _devices(x) == 1
+    alone = jax.default_backend() == platform and _devices(x) == 1
     return alone and not jax.config.jax_disable_jit
 
 
@@ -188,21 +151,14 @@ def partitions(sharding: NamedSharding, axis: int) -> int:
     return math.prod(sharding.mesh.shape[name] for name in names)
 
 
-def _blocks(shape: Sequence[int], spatial: Sequence[int]) -> list[Block]:
-    """The blocks to sum, in this order; none if the largest possible would be too small."""
-    sizes = {axis: shape[axis] for axis in spatial if isinstance(shape[axis], int)}  # Not symbolic.
-    strides = {axis: NEIGHBOURS if axis == len(shape) - 1 else 1 for axis in sizes}
-    blocks: list[Block] = []
-    while math.prod(block.size for block in blocks) < ENOUGH:
-        possible = [
-            (number, axis)
-            for axis, size in sizes.items()
-            for number in range(2, LARGEST_BLOCK + 1)
-            if size % (number * strides[axis]) == 0
-        ]
-        if not possible:
-            break
-        number, axis = max(possible)
-        blocks.append(Block(axis, number, strides[axis]))
-        sizes[axis] //= number
-    return blocks if blocks and blocks[0].size >= SMALLEST_BLOCK else []
+def _split(shape: Sequence[int], axes: Axes) -> tuple[int, int] | None:
+    """The number of parts of the positions, and how many each has; None where one is enough."""
+    innermost = (*axes.spatial, axes.channel) == tuple(range(len(axes.batch), len(shape)))
+    number = math.prod(shape[axis] for axis in axes.spatial)
+    if not innermost or not isinstance(number, int):
+        return None
+    sizes = [n for n in range(SMALLEST_PART, LARGEST_PART) if number % n == 0 and n < number]
+    if not sizes:
+        return None
+    size = min(sizes, key=lambda size: max(size / PART, PART / size))
+    return number // size, size

@@ -69,19 +69,18 @@ def content(file: TextIO) -> str:
 
 
 def truncate_a_file(out: pathlib.Path, generator: random.Random) -> str | None:
-    """Cuts the end off a file of the newest checkpoint; its name."""
+    """Cuts the end off a file of the newest checkpoint; its name.
+
+    Only where there is an older one to go on from: the run keeps two.
+    """
     epochs = finished_epochs(out)
-    files = (
-        [
-            path
-            for path in sorted((out / "checkpoints" / str(epochs[-1])).rglob("*"))
-            if path.is_file() and path.stat().st_size
-        ]
-        if epochs
-        else []
-    )
-    if not files:
+    if len(epochs) < 2:
         return None
+    files = [
+        path
+        for path in sorted((out / "checkpoints" / str(epochs[-1])).rglob("*"))
+        if path.is_file() and path.stat().st_size
+    ]
     file = generator.choice(files)
     os.truncate(file, generator.randrange(file.stat().st_size))
     return str(file.relative_to(out))

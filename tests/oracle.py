@@ -1,4 +1,4 @@
-"""The oracle: group normalization in float64 NumPy, written from its equation.
+"""The oracle: group normalization in NumPy, in float64 at least, written from its equation.
 
 With μ and σ² over the n counted elements of one sample's one group,
 
@@ -144,6 +144,8 @@ def tolerance(dtype, elements):
 
 
 def wide(values):
-    """To float64 or complex128."""
+    """To more digits than they have: float64, or from that to what NumPy has beyond it."""
     values = np.asarray(values)
+    if values.dtype in (np.float64, np.complex128):
+        return values.astype(np.clongdouble if np.iscomplexobj(values) else np.longdouble)
     return values.astype(np.complex128 if np.iscomplexobj(values) else np.float64)

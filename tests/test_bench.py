@@ -157,6 +157,28 @@ def test_the_reference_is_the_equation():
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
 
 
+def test_on_a_gpu_a_call_takes_as_long_as_its_kernels():
+    calls = []
+
+    class Contender:
+        def kernels(self, work):
+            work()
+            started = range(0, 2 * contenders.PROFILED_CALLS, 2)
+            # Two kernels each, as the profiler lists them: by stream, not in order.
+            return [(t + 1, 0.25) for t in started] + [(t, 0.5 + t) for t in started]
+
+    found = contenders.times(lambda: calls.append(1), 0, Contender(), "gpu")
+    assert found == [0.75 + t for t in range(0, 2 * contenders.PROFILED_CALLS, 2)]
+    assert len(calls) == 1 + contenders.PROFILED_CALLS
+
+
+def test_a_profile_without_every_kernel_is_refused():
+    assert contenders.seconds_of_calls([(1, 0.5), (0, 0.25)], 2) == [0.25, 0.5]
+    for kernels in ([], [(0, 1.0)], [(0, 1.0)] * 3):
+        with pytest.raises(RuntimeError, match=f"saw {len(kernels)} kernels in 2 equal calls"):
+            contenders.seconds_of_calls(kernels, 2)
+
+
 def test_torch_is_not_timed_on_another_device_than_jax():
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
@@ -280,8 +302,8 @@ def test_the_table_shows_times_bandwidths_and_ratios():
     shown = report.table(report_of(result(jgn=0.002, flax=0.008, copy=0.001)))
     lines = [" ".join(line.split()) for line in shown.splitlines()]
     # 2 MB in 1 ms, and 3 MB in 2 ms.
-    assert "w copy 1.000 / 2000.000 / 500.000 2.0" in lines
-    assert "w jgn 2.000 / 2000.000 / 500.000 1.5" in lines
+    assert "w copy 1000.0 / 2000000.0 / 500000.0 2.0" in lines
+    assert "w jgn 2000.0 / 2000000.0 / 500000.0 1.5" in lines
     # Nothing is known of backward, nor of torch; three passes take 1 s each.
     assert "w 1.0 0.25 / – 0.00 75 / –" in lines
     assert "torch" not in shown

@@ -10,9 +10,9 @@ from cases import EVERY_CASE, members, on_a_mesh, random
 from oracle import tolerance
 
 from jgn._axes import resolve_axes
+from jgn._blocks import positions_of
 from jgn._groups import Groups
 from jgn._moments import Reduction, Shards, variance
-from jgn._positions import Positions
 
 # On a mesh a CPU sums as other backends do.
 PLACED = pytest.mark.parametrize("placed", [np.asarray, on_a_mesh])
@@ -21,7 +21,7 @@ PLACED = pytest.mark.parametrize("placed", [np.asarray, on_a_mesh])
 def parts_of(x, num_groups, channel_axis=-1, reduction_axes=None):
     """The positions and the groups of x."""
     axes = resolve_axes(x.ndim, channel_axis, reduction_axes)
-    return Positions(x, axes), Groups(x, axes, num_groups)
+    return positions_of(x, axes), Groups(x, axes, num_groups)
 
 
 @EVERY_CASE
@@ -64,7 +64,7 @@ def test_two_sums_at_once_are_those_of_each(shape, num_groups, options, placed):
 
     @jax.jit
     def sums(u, v):
-        positions = Positions(u, axes)
+        positions = positions_of(u, axes)
         return [positions.along(total) for total in positions.parts(positions.sums(u, v))]
 
     actual = sums(u, v)
@@ -82,7 +82,7 @@ def test_spreading_is_the_transpose_of_the_two_sums(shape, num_groups, options, 
     axes = resolve_axes(x.ndim, **{"channel_axis": -1, "reduction_axes": None, **options})
     per_channel = [shape[axis] for axis in (*axes.batch, axes.channel)]
     a, b = random(per_channel, 1), random(per_channel, 2)
-    positions = Positions(x, axes)
+    positions = positions_of(x, axes)
 
     @jax.jit
     def spread_and_transpose(x, a, b):

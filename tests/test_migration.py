@@ -113,6 +113,7 @@ def of_torch():
 
     def apply(params, x):
         tensors = {name: torch.from_numpy(values) for name, values in params.items()}
+        x = jax.device_put(x, jax.devices("cpu")[0])
         y = torch.func.functional_call(layer, tensors, torch.from_dlpack(x))
         return jnp.from_dlpack(y.detach())
 

@@ -15,6 +15,7 @@ SHAPE = {"channels last": (4, 14, 15, 24), "channels first": (4, 24, 14, 15)}
 CHANNEL_AXIS = {"channels last": -1, "channels first": 1}
 LAYOUT = pytest.mark.parametrize("layout", SHAPE)
 MASKED = pytest.mark.parametrize("masked", [False, True])
+NEEDS_A_CPU = pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads a CPU's HLO")
 # Of 24, 8, 4 and 1 channels.
 GROUPS = pytest.mark.parametrize("num_groups", [1, 3, 6, 24])
 
@@ -43,6 +44,18 @@ def moves_of(jaxpr, size):
     ]
 
 
+@pytest.fixture
+def traced_for(monkeypatch):
+    """Makes jaxprs those of a backend, which need not be there."""
+
+    def choose(backend):
+        monkeypatch.setattr(jax, "default_backend", lambda: backend)
+        jax.clear_caches()
+
+    yield choose
+    jax.clear_caches()
+
+
 def jaxprs(x, num_groups, layout, masked):
     """Of the forward pass, and of forward and backward together."""
     mask = np.ones((4, 1, 1, 1), bool) if masked else None
@@ -58,6 +71,7 @@ def jaxprs(x, num_groups, layout, masked):
     return jax.make_jaxpr(normalized)(x).jaxpr, jax.make_jaxpr(value_and_gradient)(x).jaxpr
 
 
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices; a CPU simulates them")
 @LAYOUT
 @GROUPS
 @MASKED
@@ -71,7 +85,10 @@ def test_on_a_mesh_x_is_never_reshaped(layout, num_groups, masked):
 @LAYOUT
 @GROUPS
 @MASKED
-def test_on_a_cpu_no_more_is_done_than_to_split_spatial_axes(layout, num_groups, masked):
+def test_on_a_cpu_no_more_is_done_than_to_split_spatial_axes(
+    layout, num_groups, masked, traced_for
+):
+    traced_for("cpu")
     x = random(SHAPE[layout])
     samples, channels = 4, 24
     moves = moves_of(jaxprs(x, num_groups, layout, masked)[1], x.size)
@@ -86,19 +103,56 @@ def test_on_a_cpu_no_more_is_done_than_to_split_spatial_axes(layout, num_groups,
 @LAYOUT
 @GROUPS
 @MASKED
-def test_on_a_cpu_each_pass_sums_once_over_an_array_of_the_size_of_x(layout, num_groups, masked):
+def test_on_a_cpu_each_pass_sums_once_over_an_array_of_the_size_of_x(
+    layout, num_groups, masked, traced_for
+):
+    traced_for("cpu")
     x = random(SHAPE[layout])
-
-    def sums(jaxpr):
-        return sum(
-            equation.primitive.name == "reduce_sum" and equation.invars[0].aval.size >= x.size
-            for equation in equations(jaxpr)
-        )
-
     forward, both = jaxprs(x, num_groups, layout, masked)
     # With a mask, the pivot is the mean of all that counts.
-    assert sums(forward) == 1 + masked
-    assert sums(both) == 2 + masked
+    assert len(large_sums(forward, x.size)) == 1 + masked
+    assert len(large_sums(both, x.size)) == 2 + masked
+
+
+def large_sums(jaxpr, size):
+    """The sums over an array of at least this size."""
+    return [
+        equation
+        for equation in equations(jaxpr)
+        if equation.primitive.name == "reduce_sum" and equation.invars[0].aval.size >= size
+    ]
+
+
+@GROUPS
+@MASKED
+def test_on_a_gpu_positions_are_split_in_two_and_no_more(num_groups, masked, traced_for):
+    traced_for("gpu")
+    x = random(SHAPE["channels last"])
+    moves = moves_of(jaxprs(x, num_groups, "channels last", masked)[1], x.size)
+    assert {move.primitive.name for move in moves} == {"reshape"}
+    shapes = {v.aval.shape for move in moves for v in (*move.invars, *move.outvars)}
+    assert shapes == {(4, 14, 15, 24), (4, 2, 105, 24)}
+
+
+@GROUPS
+def test_on_a_gpu_each_of_many_positions_of_channels_last_is_summed_in_its_part(
+    num_groups, traced_for
+):
+    """All at once would leave most multiprocessors idle."""
+    traced_for("gpu")
+    x = random((2, 64, 64, 24))
+    sums = large_sums(jaxprs(x, num_groups, "channels last", masked=False)[1], x.size)
+    assert {equation.invars[0].aval.shape for equation in sums} == {(2, 16, 256, 24)}
+    assert {equation.outvars[0].aval.shape for equation in sums} == {(2, 16, 24)}
+
+
+@GROUPS
+@MASKED
+def test_on_a_gpu_channels_first_are_never_reshaped(num_groups, masked, traced_for):
+    """Each channel's positions are neighbours in memory: XLA divides those of many channels."""
+    traced_for("gpu")
+    x = random(SHAPE["channels first"])
+    assert moves_of(jaxprs(x, num_groups, "channels first", masked)[1], x.size) == []
 
 
 def test_the_walk_over_equations_finds_a_reshape_inside():
@@ -173,6 +227,7 @@ def test_the_count_of_compilations_sees_separate_operations():
     assert compilations(lambda: (x - x.mean()) * x) >= 3
 
 
+@NEEDS_A_CPU
 @pytest.mark.parametrize(
     ("shape", "num_groups", "sums"),
     [
@@ -191,6 +246,7 @@ def test_compiled_every_sum_of_a_block_stays_one(shape, num_groups, sums):
     assert len(re.findall(r"= c64\S* reduce\(", hlo)) == sums
 
 
+@NEEDS_A_CPU
 def test_compiled_a_sum_over_a_large_group_stays_one():
     """XLA:CPU makes a windowed sum and another of one over more than 32 elements along an axis."""
     x = random((2, 16, 16, 80))
@@ -206,7 +262,10 @@ def test_compiled_a_sum_over_a_large_group_stays_one():
 
 @LAYOUT
 @GROUPS
-def test_only_groups_that_would_divide_an_index_for_each_element_take_products(layout, num_groups):
+def test_only_groups_that_would_divide_an_index_for_each_element_take_products(
+    layout, num_groups, traced_for
+):
+    traced_for("cpu")
     x = random(SHAPE[layout])
     products = {
         equation.primitive.name
@@ -215,17 +274,14 @@ def test_only_groups_that_would_divide_an_index_for_each_element_take_products(l
     assert bool(products) == (layout == "channels last" and num_groups == 6)
 
 
-def test_products_are_of_full_precision():
-    """Accelerators would round float32 factors to bfloat16 or TensorFloat-32 otherwise."""
-    x = random(SHAPE["channels last"])
-
-    def value_and_gradient(x):
-        y, vjp = jax.vjp(lambda x: jgn.group_norm(x, 6), x)
-        return y, vjp(y)
-
+def test_products_are_of_full_precision(traced_for):
+    """Where a product is exported, accelerators would round its factors to bfloat16 otherwise."""
+    traced_for("cpu")
+    with jax.default_matmul_precision("default"):
+        _, both = jaxprs(random(SHAPE["channels last"]), 6, "channels last", masked=False)
     precisions = [
         equation.params["precision"]
-        for equation in equations(jax.make_jaxpr(value_and_gradient)(x).jaxpr)
+        for equation in equations(both)
         if equation.primitive.name == "dot_general"
     ]
     highest = jax.lax.Precision.HIGHEST

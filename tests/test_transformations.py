@@ -19,20 +19,9 @@ X = jnp.asarray(np.random.default_rng(0).normal(1, 2, SHAPE), jnp.float32)
 TANGENT = jnp.asarray(np.random.default_rng(1).normal(size=SHAPE), jnp.float32)
 SCALE = jnp.linspace(0.5, 2, SHAPE[-1])
 BIAS = jnp.linspace(-1, 1, SHAPE[-1])
-pytestmark = pytest.mark.usefixtures("form")
+pytestmark = pytest.mark.usefixtures("backend")
 # A few roundings of values up to about 10, in another order of summation.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-
-
-@pytest.fixture(params=["of one CPU", "of other backends and meshes"])
-def form(request, monkeypatch):
-    """Tests both forms of the sums; what is compiled belongs to one of them."""
-    if request.param != "of one CPU":
-        for module in (jgn._positions, jgn._groups):
-            monkeypatch.setattr(module, "is_on_one_cpu", lambda x: False)
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
 
 
 def norm(x, scale=SCALE, bias=BIAS, **options):

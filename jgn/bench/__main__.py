@@ -147,6 +147,7 @@ def compare(
     return {
         "environment": {
             **environment,
+            "times": "of kernels" if environment["platform"] == "gpu" else "of calls",
             "processor": processor(),
             "cores": os.cpu_count(),
             **versions(),

@@ -5,8 +5,9 @@ import importlib
 import importlib.util
 import pathlib
 import platform
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from jgn.bench.workloads import Workload
 EPSILON = 1e-5
 FORWARD, BOTH = "forward", "forward and backward"
 COMPILED = "torch-compiled"
+PROFILED_CALLS = 10
 FLOORS = ("copy", "sum", "sum of squares", "multiply-add")
 
 # The package that each contender needs.
@@ -39,6 +41,9 @@ class Contender(Protocol):
 
     def output(self) -> np.ndarray: ...
     def facts(self) -> dict[str, Any]: ...
+    def kernels(self, work: Callable[[], Any]) -> list[tuple[float, float]]:
+        """What the work has a GPU do: start and duration of every kernel and copy, in seconds."""
+        ...
 
 
 def is_installed(name: str) -> bool:
@@ -135,7 +140,30 @@ def _equinox(workload):
 _JAX = {"jgn": _jgn, "flax": _flax, "haiku": _haiku, "equinox": _equinox}
 
 
-class Jax:
+class OfJax:
+    """What is compiled by JAX."""
+
+    def kernels(self, work: Callable[[], Any]) -> list[tuple[float, float]]:
+        import jax
+
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = options.host_tracer_level = 0
+        with tempfile.TemporaryDirectory() as directory:
+            with jax.profiler.trace(directory, profiler_options=options):
+                work()
+            (file,) = pathlib.Path(directory).rglob("*.xplane.pb")
+            profile = jax.profiler.ProfileData.from_file(str(file))
+        return [
+            (1e-9 * event.start_ns, 1e-9 * event.duration_ns)
+            for plane in profile.planes
+            if plane.name.startswith("/device:GPU")
+            for line in plane.lines
+            if line.name.startswith("Stream")
+            for event in line.events
+        ]
+
+
+class Jax(OfJax):
     """A function of x, scale and bias, compiled."""
 
     def __init__(self, name: str, workload: Workload, dtype: str, seed: int):
@@ -154,6 +182,9 @@ class Jax:
 
         def both(x, scale, bias, cotangent):
             y, vjp = jax.vjp(normalized, x, scale, bias)
+            # In a network the cotangent comes of y. So no kernel can make y and the gradient of x
+            # of the same reading of x.
+            y, cotangent = jax.lax.optimization_barrier((y, cotangent))
             return y, vjp(cotangent)
 
         start = time.perf_counter()
@@ -237,7 +268,10 @@ class Torch:
         }
 
         def fastest(call):
-            return min(tensors, key=lambda layout: min(times(lambda: call(*tensors[layout]), 0.05)))
+            def best(layout):
+                return min(times(lambda: call(*tensors[layout]), 0.05, self, platform))
+
+            return min(tensors, key=best)
 
         self._layouts = {FORWARD: fastest(self._forward), BOTH: fastest(self._both)}
         for_forward, self._for_both = (tensors[layout] for layout in self._layouts.values())
@@ -278,8 +312,18 @@ class Torch:
     def facts(self) -> dict[str, Any]:
         return {"layouts": self._layouts}
 
+    def kernels(self, work: Callable[[], Any]) -> list[tuple[float, float]]:
+        profiler = self._torch.profiler
+        with profiler.profile(activities=[profiler.ProfilerActivity.CUDA]) as profile:
+            work()
+        return [
+            (1e-6 * event.time_range.start, 1e-6 * event.time_range.elapsed_us())
+            for event in profile.events()
+            if event.device_type == self._torch.autograd.DeviceType.CUDA
+        ]
 
-class Floor:
+
+class Floor(OfJax):
     """What no implementation of separate passes over memory gets below: XLA's own passes over x."""
 
     def __init__(self, workload: Workload, dtype: str, seed: int):
@@ -320,17 +364,43 @@ class Floor:
         return {}
 
 
-def times(call: Callable[[], Any], seconds: float) -> list[float]:
-    """How long each of the calls took that fit into so many seconds; three at least.
+def times(
+    call: Callable[[], Any], seconds: float, contender: Contender, platform: str
+) -> list[float]:
+    """How long calls took, in seconds.
 
     One more call goes first, uncounted: another process had the caches and the cores until now.
+
+    Args:
+        call: One of the contender's, after which nothing is left to be done.
+        seconds: How long to go on; three calls at least. On a GPU it is always `PROFILED_CALLS`.
+        contender: Whose call it is.
+        platform: On a GPU the time of a call is that of its kernels. From one kernel to the next
+            it can take longer than to run them, but not where many calls are one program, as in
+            training.
     """
     call()
+    if platform == "gpu":
+        kernels = contender.kernels(lambda: [call() for _ in range(PROFILED_CALLS)])
+        return seconds_of_calls(kernels, PROFILED_CALLS)
     measured = []
     start = time.perf_counter()
     while len(measured) < 3 or time.perf_counter() - start < seconds:
         measured.append(_seconds(call))
     return measured
+
+
+def seconds_of_calls(kernels: Sequence[tuple[float, float]], number: int) -> list[float]:
+    """The time of each of so many equal calls, from start and duration of their kernels.
+
+    Raises:
+        RuntimeError: Calls that are equal have not the same number of kernels.
+    """
+    durations = [duration for _, duration in sorted(kernels)]
+    each, rest = divmod(len(durations), number)
+    if rest or not each:
+        raise RuntimeError(f"the profiler saw {len(durations)} kernels in {number} equal calls")
+    return [sum(durations[first : first + each]) for first in range(0, len(durations), each)]
 
 
 def processor() -> str:

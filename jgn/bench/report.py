@@ -87,7 +87,7 @@ def _times(rows: Sequence[dict[str, Any]], dtype: str) -> list[str]:
     """Every contender's times, and its bandwidth where it took the best of them."""
     heading = f"{'workload':15} {'contender':14}"
     lines = [
-        f"{dtype}: milliseconds, best / median / interquartile range, and GB/s at best",
+        f"{dtype}: microseconds, best / median / interquartile range, and GB/s at best",
         f"{heading} {'forward':>27} {'GB/s':>6} {'forward and backward':>27} {'GB/s':>6}",
     ]
     for row in rows:
@@ -95,10 +95,10 @@ def _times(rows: Sequence[dict[str, Any]], dtype: str) -> list[str]:
         for name, calls in {**copy, **row["contenders"]}.items():
             cells = [f"{row['workload']:15} {name:14}"]
             for call in (call for call in (FORWARD, BOTH) if call in calls):
-                milliseconds = [1e3 * calls[call][key] for key in ("best", "median", "spread")]
+                microseconds = [1e6 * calls[call][key] for key in ("best", "median", "spread")]
                 moved = "copy" if name == "copy" else call
                 gigabytes = bandwidth(moved, row["x_bytes"], calls[call]["best"]) / 1e9
-                cells.append(" / ".join(f"{value:7.3f}" for value in milliseconds))
+                cells.append(" / ".join(f"{value:7.1f}" for value in microseconds))
                 cells.append(f"{gigabytes:6.1f}")
             lines.append(" ".join(cells))
     return lines

@@ -17,9 +17,10 @@ def answer(request: dict[str, Any], state: dict[str, Any]) -> Any:
         case {"prepare": fields, "contender": name, **options}:
             state.clear()
             workload = Workload(*fields)._replace(shape=tuple(fields[2]))
-            contender = state["contender"] = contenders.make(name, workload, **options)
+            contender = contenders.make(name, workload, **options)
+            state.update(contender=contender, platform=options["platform"])
             for call in contender.calls.values():
-                contenders.times(call, 0)
+                call()
             if name == "floor":
                 return {}
             x, scale, bias, _ = workload.inputs(options["seed"])
@@ -27,7 +28,7 @@ def answer(request: dict[str, Any], state: dict[str, Any]) -> Any:
             error = np.abs(contender.output() - wanted).max() / np.abs(wanted).max()
             return {**contender.facts(), "error": float(error)}
         case {"time": call, "seconds": seconds}:
-            return contenders.times(state["contender"].calls[call], seconds)
+            return contenders.times(state["contender"].calls[call], seconds, **state)
         case {"device": _}:
             import jax
 
