@@ -11,10 +11,12 @@ from jax.sharding import NamedSharding
 
 from jgn._axes import Axes
 
-# So many positions that one part of them keeps the threads of a GPU's multiprocessor busy.
+# So many positions in a part keep the threads of a GPU's multiprocessor busy.
 PART = 256
 # With fewer, most threads would wait; with more, XLA:GPU makes parts by itself.
 SMALLEST_PART, LARGEST_PART = 32, 4096
+# How many sums over a part of so many channels give most multiprocessors one.
+ENOUGH_SUMS, CHANNELS_OF_A_SUM = 128, 64
 
 
 class Positions:
@@ -160,5 +162,8 @@ def _split(shape: Sequence[int], axes: Axes) -> tuple[int, int] | None:
     sizes = [n for n in range(SMALLEST_PART, LARGEST_PART) if number % n == 0 and n < number]
     if not sizes:
         return None
-    size = min(sizes, key=lambda size: max(size / PART, PART / size))
+    known_batch = [shape[axis] for axis in axes.batch if isinstance(shape[axis], int)]
+    sums = math.prod(known_batch) * -(-shape[axes.channel] // CHANNELS_OF_A_SUM) * number
+    many_enough = [size for size in sizes if sums // size >= ENOUGH_SUMS] or sizes[:1]
+    size = min(many_enough, key=lambda size: max(size / PART, PART / size))
     return number // size, size
