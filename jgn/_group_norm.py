@@ -166,15 +166,14 @@ def _group_norm(
         positions_of(constant, axes), Groups(constant, axes, num_groups), mask, shards
     )
     k, n = reduction.near_mean(constant), reduction.number(constant)
+    residuals = MOMENTS if is_on_one("cpu", constant) else SUMS
 
     # The barrier before x keeps XLA from merging the differences x − k of the forward pass with
     # those of the backward pass, which would keep a second array of x's size in between. Groups of
     # one position do without, as kernels may contain their sums: see `Positions.once_a_channel`.
     @functools.partial(
         jax.checkpoint,
-        policy=jax.checkpoint_policies.save_only_these_names(
-            MOMENTS if is_on_one("cpu", constant) else SUMS
-        ),
+        policy=jax.checkpoint_policies.save_only_these_names(residuals),
         prevent_cse=(reduction.positions.number != 1, False, False, False, False),
     )
     def normalized(x, k, n, scale, bias):

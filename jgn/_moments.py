@@ -76,7 +76,8 @@ class Reduction(NamedTuple):
 
     def moments(self, x: Array, k: Array, n: Array) -> tuple[Array, Array]:
         """m = E[d] and E[|d|²] of every group."""
-        d = self._where_counted(x - self.positions.along(self.groups.spread(k)))
+        along_k = self.positions.along(self.groups.spread(k))
+        d = self._where_counted(x - along_k)
         pair = self.positions.sums(d, _squared_magnitude(d).astype(d.dtype))
         (pair,) = self.shards.sum(self.groups.sum(pair))
         sum_d, sum_d2 = self.positions.parts(kept(pair, SUMS))
@@ -122,17 +123,21 @@ def mean(k: Array, m: Array) -> tuple[Array, Array]:
     x minus the first is exact for x near μ. In a group of equal elements it is their value,
     whatever the sums that led there have rounded, and the second is 0.
     """
-    rounded = lax.stop_gradient(k + _rounded(m))
+    rounded = _rounded_mean(k, m)
     return rounded, m - (rounded - k)
 
 
 def _refined(m: Array, k: Array, sum_d: Array, n: Array) -> Array:
-    """m where quotients are not exact, as on GPUs: in a group of equal elements it is k's distance.
+    """m where quotients are not exact, as on GPUs: in a group of equal elements, how far k is off.
 
     There d and n·d have few digits, so that Σd − n·d is 0 though Σd / n is not d.
     """
-    distance = lax.stop_gradient(k + _rounded(m)) - k
-    return distance + (sum_d - n * distance) / n
+    off = _rounded_mean(k, m) - k
+    return off + (sum_d - n * off) / n
+
+
+def _rounded_mean(k: Array, m: Array) -> Array:
+    return lax.stop_gradient(k + _rounded(m))
 
 
 def _rounded(x: Array) -> Array:

@@ -29,7 +29,7 @@ class Mutant(NamedTuple):
 
 
 VARIANCE = "    value = mean_square - _squared_magnitude(m)\n"
-SUMS = "        sum_d, sum_d2 = self.shards.sum(*self.positions.parts(tuple(sums)))\n"
+SHARED = "        (pair,) = self.shards.sum(self.groups.sum(pair))\n"
 
 MUTANTS = (
     # The equation
@@ -130,8 +130,8 @@ MUTANTS = (
     Mutant(
         "no shift",
         "_moments.py",
-        "_rounded(total * jnp.asarray(1 / self._count(sample), x.dtype))",
-        "0 * total",
+        "sum(sample * inverse)",
+        "sum(sample * 0)",
         ("values",),
     ),
     Mutant(
@@ -151,8 +151,8 @@ MUTANTS = (
     Mutant(
         "the output around the sample's mean",
         "_moments.py",
-        "lax.stop_gradient(k + _rounded(m))",
-        "k",
+        "return lax.stop_gradient(k + _rounded(m))",
+        "return k",
         ("values",),
     ),
     Mutant(
@@ -223,9 +223,8 @@ MUTANTS = (
     Mutant(
         "no gradient through the mean",
         "_group_norm.py",
-        "    m, mean_square = map(kept, reduction.moments(x, k, n))\n",
-        "    m, mean_square = map(kept, reduction.moments(x, k, n))\n"
-        "    m = lax.stop_gradient(m)\n",
+        "    m, mean_square = reduction.moments(x, k, n)\n",
+        "    m, mean_square = reduction.moments(x, k, n)\n    m = lax.stop_gradient(m)\n",
         ("derivatives",),
     ),
     Mutant(
@@ -252,21 +251,21 @@ MUTANTS = (
     Mutant(
         "everything kept for the backward pass",
         "_group_norm.py",
-        "policy=jax.checkpoint_policies.save_only_these_names(RESIDUAL)",
-        "policy=jax.checkpoint_policies.everything_saveable",
+        "checkpoint_policies.save_only_these_names(residuals)",
+        "checkpoint_policies.everything_saveable",
         ("residuals",),
     ),
     Mutant(
         "moments computed twice",
         "_group_norm.py",
-        "policy=jax.checkpoint_policies.save_only_these_names(RESIDUAL)",
-        "policy=jax.checkpoint_policies.nothing_saveable",
+        "checkpoint_policies.save_only_these_names(residuals)",
+        "checkpoint_policies.nothing_saveable",
         ("structure", "sharding"),
     ),
     Mutant(
         "differences merged across the passes",
         "_group_norm.py",
-        "prevent_cse=(True, False, False, False, False)",
+        "prevent_cse=(reduction.positions.number != 1, False, False, False, False)",
         "prevent_cse=False",
         ("residuals",),
     ),
@@ -274,15 +273,15 @@ MUTANTS = (
     Mutant(
         "mask ignored",
         "_moments.py",
-        "d = self._where_counted(x - self.along(k))",
-        "d = x - self.along(k)",
+        "d = self._where_counted(x - along_k)",
+        "d = x - along_k",
         ("mask",),
     ),
     Mutant(
         "mask ignored in the variance",
         "_moments.py",
-        "self.positions.sums(d, _squared_magnitude(d))",
-        "self.positions.sums(d, _squared_magnitude(x - self.along(k)))",
+        "self.positions.sums(d, _squared_magnitude(d)",
+        "self.positions.sums(d, _squared_magnitude(x - along_k)",
         ("mask",),
     ),
     Mutant(
@@ -339,12 +338,12 @@ MUTANTS = (
     Mutant(
         "a mean of means",
         "_moments.py",
-        SUMS,
+        SHARED,
         "        local = self._replace(shards=Shards(None, None))._count(x)\n"
-        "        means = [part / local for part in self.positions.parts(tuple(sums))]\n"
+        "        pair = self.groups.sum(pair) / local\n"
         "        if self.shards.axis_name is not None:\n"
-        "            means = lax.pmean(means, *self.shards)\n"
-        "        sum_d, sum_d2 = [mean * n for mean in means]\n",
+        "            pair = lax.pmean(pair, *self.shards)\n"
+        "        pair = pair * n\n",
         ("sharding",),
     ),
     Mutant(
@@ -378,44 +377,44 @@ MUTANTS = (
     ),
     Mutant(
         "two passes for two sums",
-        "_positions.py",
-        "_blocks(x.shape, axes.spatial) if in_blocks else []",
-        "[]",
+        "_blocks.py",
+        "self._blocks = _blocks(x.shape, axes.spatial)",
+        "self._blocks = []",
         ("structure",),
     ),
     Mutant(
         "two short sums that XLA makes one long of",
-        "_positions.py",
+        "_blocks.py",
         "            both = lax.conj(block.sum(both))\n",
         "            both = block.sum(both)\n",
         ("structure",),
     ),
     Mutant(
         "the second sum not conjugated",
-        "_positions.py",
+        "_blocks.py",
         "            both = lax.conj(block.sum(both))\n",
         "            both = block.sum(both)\n",
         ("groups",),
     ),
     Mutant(
         "the second value spread not conjugated",
-        "_positions.py",
+        "_blocks.py",
         "            both = block.spread(lax.conj(both))\n",
         "            both = block.spread(both)\n",
         ("groups",),
     ),
     Mutant(
         "the parts of a pair taken as they stand",
-        "_positions.py",
-        "        both = self._as_after_the_blocks(*pair)\n",
-        "        (both,) = pair\n",
+        "_blocks.py",
+        "        both = self._as_after_the_blocks(pair)\n",
+        "        both = pair\n",
         ("groups",),
     ),
     Mutant(
         "blocks of samples, too",
-        "_positions.py",
-        "_blocks(x.shape, axes.spatial) if in_blocks",
-        "_blocks(x.shape, range(x.ndim)) if in_blocks",
+        "_blocks.py",
+        "_blocks(x.shape, axes.spatial)",
+        "_blocks(x.shape, range(x.ndim))",
         ("groups", "values"),
     ),
     Mutant(
@@ -441,7 +440,7 @@ MUTANTS = (
     ),
     Mutant(
         "long sums at once for k",
-        "_positions.py",
+        "_blocks.py",
         "FEW = 128\n",
         "FEW = 2**30\n",
         ("structure",),
@@ -449,9 +448,44 @@ MUTANTS = (
     Mutant(
         "blocks of axes that devices share",
         "_positions.py",
-        'jax.default_backend() == "cpu" and _devices(x) == 1',
-        'jax.default_backend() == "cpu"',
+        "jax.default_backend() == platform and _devices(x) == 1",
+        "jax.default_backend() == platform",
         ("structure", "sharding"),
+    ),
+    Mutant(
+        "all positions at once on a GPU",
+        "_positions.py",
+        '_split(x.shape, axes) if is_on_one("gpu", x) else None',
+        "None",
+        ("structure",),
+    ),
+    Mutant(
+        "parts of one size on a GPU, however few they are",
+        "_positions.py",
+        "if sums // size >= ENOUGH_SUMS]",
+        "]",
+        ("structure",),
+    ),
+    Mutant(
+        "a gradient of the pivot on a GPU",
+        "_group_norm.py",
+        "positions.along(lax.stop_gradient(pivot))",
+        "positions.along(pivot)",
+        ("structure",),
+    ),
+    Mutant(
+        "quotients taken as exact",
+        "_moments.py",
+        'm if is_on_one("cpu", x) else _refined',
+        "m if True else _refined",
+        ("values",),
+    ),
+    Mutant(
+        "the two values of a pair exchanged",
+        "_positions.py",
+        "        return pair[0], pair[1]\n",
+        "        return pair[1], pair[0]\n",
+        ("groups",),
     ),
     # The door
     Mutant(

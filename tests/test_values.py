@@ -166,6 +166,23 @@ def test_a_large_group_of_equal_elements_gives_exactly_its_bias(shape, num_group
     np.testing.assert_array_equal(y, np.broadcast_to(bias, x.shape))
 
 
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("masked", [False, True])
+def test_equal_elements_give_exactly_their_bias_in_the_form_of_every_backend(masked):
+    """Also where n is no power of two, and a quotient by it a product with its reciprocal."""
+    constants = np.random.default_rng(0).lognormal(0, 10, 50).astype(np.float32)
+    x = np.broadcast_to(constants.reshape(-1, 1, 1, 1), (50, 25, 31, 6))
+    mask = np.arange(25).reshape(1, 25, 1, 1) < 19 if masked else None
+    bias = random((6,), 2)
+
+    def normalized(scale):
+        return jgn.group_norm(x, 2, scale, bias, mask=mask)
+
+    y, tangent = jax.jvp(normalized, (jnp.ones(6),), (jnp.ones(6),))
+    np.testing.assert_array_equal(y, np.broadcast_to(bias, x.shape))
+    assert not tangent.any(), "the normalized value is 0 everywhere"
+
+
 @EVERY_DTYPE
 def test_one_element_a_group_gives_exactly_its_bias(dtype):
     x, bias = random((5, 12), dtype=dtype), random((12,), 1, dtype=dtype)
