@@ -95,6 +95,8 @@ class Positions:
         makes another array of them: XLA:GPU of jaxlib 0.11 takes the two sides of a barrier for two
         arrays, and lets a kernel write over the one while it reads the other.
         """
+        if jax.config.jax_disable_jit:
+            return values  # Then every operation is computed once.
         return tuple(lax.optimization_barrier(jnp.stack(jnp.broadcast_arrays(*values))))
 
     def of(self, x: Array) -> "Positions":

@@ -15,11 +15,11 @@ jax.config.update("jax_default_matmul_precision", "highest")
 os.environ["KERAS_BACKEND"] = "jax"
 
 
-@pytest.fixture(params=["cpu", "gpu", "tpu"])
+@pytest.fixture(params=["cpu", "gpu"])
 def backend(request, monkeypatch):
     """The backend whose form of the sums is traced, whichever runs it.
 
-    The CPU's is that of a single one, and so is the GPU's; all meshes have that of the TPU.
+    The form of meshes and of all other backends is the GPU's without parts of positions.
     """
     monkeypatch.setattr(jax, "default_backend", lambda: request.param)
     jax.clear_caches()  # What is compiled belongs to one of them.
