@@ -169,10 +169,12 @@ def test_a_large_group_of_equal_elements_gives_exactly_its_bias(shape, num_group
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("masked", [False, True])
 def test_equal_elements_give_exactly_their_bias_in_the_form_of_every_backend(masked):
-    """Also where n is no power of two, and a quotient by it a product with its reciprocal."""
-    constants = np.random.default_rng(0).lognormal(0, 10, 50).astype(np.float32)
-    x = np.broadcast_to(constants.reshape(-1, 1, 1, 1), (50, 25, 31, 6))
-    mask = np.arange(25).reshape(1, 25, 1, 1) < 19 if masked else None
+    """Also where XLA makes the quotient by n a product with its reciprocal, and n · (1/n) < 1."""
+    constants = np.random.default_rng(0).lognormal(0, 10, 200).astype(np.float32)
+    x = np.broadcast_to(constants.reshape(-1, 1, 1, 1), (200, 4, 41, 6))
+    n = 4 * 41 * 3
+    assert np.float32(n) * np.float32(1 / n) < 1
+    mask = np.arange(41).reshape(1, 1, 41, 1) < 40 if masked else None
     bias = random((6,), 2)
 
     def normalized(scale):
