@@ -59,7 +59,8 @@ class Reduction(NamedTuple):
             stride = min(STRIDE, max(1, self.positions.number * self.groups.size // SAMPLE))
         sample = x if self.mask is not None else self.positions.sample(x, stride)
         inverse = jnp.asarray(1 / self._count(sample), x.dtype)
-        if self.mask is None:  # So that no product, but a sum, is the last step.
+        if self.mask is None:
+            # With a sum for the last step, nothing is left that needs rounding, nor a GPU's kernel.
             k = self.positions.of(sample).sum(sample * inverse)
             (k,) = self.shards.sum(self.groups.sum(k))
             return k

@@ -33,7 +33,7 @@ class Positions:
     def __init__(self, x: Array, axes: Axes):
         self._shape = x.shape
         self._axes = axes
-        self._split = _split(x.shape, axes) if is_on_one("gpu", x) else None
+        self._in_parts = _in_parts(x.shape, axes) if is_on_one("gpu", x) else None
 
     @property
     def number(self) -> int:
@@ -48,28 +48,24 @@ class Positions:
 
     def sum(self, x: Array) -> Array:
         """Σx over all positions, (*batch, channels)."""
-        return self.parts(self.sums(x, x))[0] if self._split else self._sum_at_once(x)
+        return self.parts(self.sums(x, x))[0] if self._in_parts else self._sum_at_once(x)
 
     def sums(self, u: Array, v: Array) -> Array:
         """The pair of Σu and Σv over all positions, (*batch, channels)."""
-        if not self._split:
+        if not self._in_parts:
             return self.pair(self._sum_at_once(u), self._sum_at_once(v))
-        batch, channels = self._batch_and_channels(u.shape)
-        part = len(batch)
-        split = (*batch, *self._split, channels)
-        return self.pair(*(x.reshape(split).sum(part + 1) for x in (u, v))).sum(1 + part)
+        return self.pair(*(x.reshape(self._in_parts).sum(-2) for x in (u, v))).sum(-2)
 
     def spread(self, pair: Array) -> tuple[Array, Array]:
         """Gives every position the two values of its channel; the transpose of `sums`."""
-        if not self._split:
+        if not self._in_parts:
             u, v = map(self.along, self.parts(pair))
             return u, v  # They broadcast by themselves.
-        batch, channels = self._batch_and_channels(self._shape)
-        number, size = self._split
+        *batch, number, _, channels = self._in_parts
         pair = jnp.broadcast_to(pair, (2, *batch, channels))
         pair = jnp.broadcast_to(pair[..., None, :], (2, *batch, number, channels))
         u, v = (
-            jnp.broadcast_to(x[..., None, :], (*batch, number, size, channels)).reshape(self._shape)
+            jnp.broadcast_to(x[..., None, :], self._in_parts).reshape(self._shape)
             for x in self.parts(pair)
         )
         return u, v
@@ -82,7 +78,7 @@ class Positions:
 
     def pair(self, u: Array, v: Array) -> Array:
         """Two values a channel or a group as `sums` gives them."""
-        return jnp.stack(jnp.broadcast_arrays(u, v))
+        return _stacked(u, v)
 
     def parts(self, pair: Array) -> tuple[Array, Array]:
         """The two values of a pair."""
@@ -97,7 +93,7 @@ class Positions:
         """
         if jax.config.jax_disable_jit:
             return values  # Then every operation is computed once.
-        return tuple(lax.optimization_barrier(jnp.stack(jnp.broadcast_arrays(*values))))
+        return tuple(lax.optimization_barrier(_stacked(*values)))
 
     def of(self, x: Array) -> "Positions":
         """Those of another array with the same axes."""
@@ -117,8 +113,9 @@ class Positions:
         channel = sum(axis < self._axes.channel for axis in self._axes.batch)
         return jnp.moveaxis(x.sum(self._axes.spatial), channel, -1)
 
-    def _batch_and_channels(self, shape: Sequence[int]) -> tuple[tuple[int, ...], int]:
-        return tuple(shape[axis] for axis in self._axes.batch), shape[self._axes.channel]
+
+def _stacked(*values: Array) -> Array:
+    return jnp.stack(jnp.broadcast_arrays(*values))
 
 
 def is_on_one(platform: str, x: Array) -> bool:
@@ -155,17 +152,18 @@ def partitions(sharding: NamedSharding, axis: int) -> int:
     return math.prod(sharding.mesh.shape[name] for name in names)
 
 
-def _split(shape: Sequence[int], axes: Axes) -> tuple[int, int] | None:
-    """The number of parts of the positions, and how many each has; None where one is enough."""
+def _in_parts(shape: Sequence[int], axes: Axes) -> tuple[int, ...] | None:
+    """(*batch, parts, positions of a part, channels); None where the positions stay together."""
     innermost = (*axes.spatial, axes.channel) == tuple(range(len(axes.batch), len(shape)))
     number = math.prod(shape[axis] for axis in axes.spatial)
     if not innermost or not isinstance(number, int):
         return None
-    sizes = [n for n in range(SMALLEST_PART, LARGEST_PART) if number % n == 0 and n < number]
+    sizes = [n for n in range(SMALLEST_PART, LARGEST_PART + 1) if number % n == 0 and n < number]
     if not sizes:
         return None
-    known_batch = [shape[axis] for axis in axes.batch if isinstance(shape[axis], int)]
-    sums = math.prod(known_batch) * -(-shape[axes.channel] // CHANNELS_OF_A_SUM) * number
+    *batch, channels = (shape[axis] for axis in (*axes.batch, axes.channel))
+    known_batch = math.prod(size for size in batch if isinstance(size, int))
+    sums = known_batch * math.ceil(channels / CHANNELS_OF_A_SUM) * number
     many_enough = [size for size in sizes if sums // size >= ENOUGH_SUMS] or sizes[:1]
     size = min(many_enough, key=lambda size: max(size / PART, PART / size))
-    return number // size, size
+    return *batch, number // size, size, channels

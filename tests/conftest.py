@@ -15,13 +15,19 @@ jax.config.update("jax_default_matmul_precision", "highest")
 os.environ["KERAS_BACKEND"] = "jax"
 
 
-@pytest.fixture(params=["cpu", "gpu"])
-def backend(request, monkeypatch):
-    """The backend whose form of the sums is traced, whichever runs it.
+@pytest.fixture
+def traced_for(monkeypatch):
+    """Has the sums traced in the form of a backend, whichever runs them."""
 
-    The form of meshes and of all other backends is the GPU's without parts of positions.
-    """
-    monkeypatch.setattr(jax, "default_backend", lambda: request.param)
-    jax.clear_caches()  # What is compiled belongs to one of them.
-    yield request.param
+    def choose(backend):
+        monkeypatch.setattr(jax, "default_backend", lambda: backend)
+        jax.clear_caches()  # What is compiled belongs to one of them.
+
+    yield choose
     jax.clear_caches()
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def backend(request, traced_for):
+    """Either form; that of meshes and other backends is the GPU's without parts of positions."""
+    traced_for(request.param)

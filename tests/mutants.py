@@ -455,7 +455,7 @@ MUTANTS = (
     Mutant(
         "all positions at once on a GPU",
         "_positions.py",
-        '_split(x.shape, axes) if is_on_one("gpu", x) else None',
+        '_in_parts(x.shape, axes) if is_on_one("gpu", x) else None',
         "None",
         ("structure",),
     ),

@@ -172,6 +172,16 @@ def test_on_a_gpu_a_call_takes_as_long_as_its_kernels():
     assert len(calls) == 1 + contenders.PROFILED_CALLS
 
 
+@pytest.mark.parametrize("name", ["floor", "jgn"])
+def test_the_profiler_sees_the_kernels_of_a_gpu_and_none_of_a_cpu(name):
+    platform = jax.default_backend()
+    contender = contenders.make(name, WORKLOADS[0].small(), "float32", 0, platform)
+    worked = []
+    found = contender.kernels(lambda: worked.append([call() for call in contender.calls.values()]))
+    assert len(worked) == 1
+    assert bool(found) == (platform == "gpu")
+
+
 def test_a_profile_without_every_kernel_is_refused():
     assert contenders.seconds_of_calls([(1, 0.5), (0, 0.25)], 2) == [0.25, 0.5]
     for kernels in ([], [(0, 1.0)], [(0, 1.0)] * 3):

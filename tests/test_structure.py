@@ -44,18 +44,6 @@ def moves_of(jaxpr, size):
     ]
 
 
-@pytest.fixture
-def traced_for(monkeypatch):
-    """Makes jaxprs those of a backend, which need not be there."""
-
-    def choose(backend):
-        monkeypatch.setattr(jax, "default_backend", lambda: backend)
-        jax.clear_caches()
-
-    yield choose
-    jax.clear_caches()
-
-
 def jaxprs(x, num_groups, layout, masked):
     """Of the forward pass, and of forward and backward together."""
     mask = np.ones((4, 1, 1, 1), bool) if masked else None
