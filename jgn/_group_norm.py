@@ -165,7 +165,7 @@ def _group_norm(
     reduction = Reduction(
         positions_of(constant, axes), Groups(constant, axes, num_groups), mask, shards
     )
-    k, n = reduction.near_mean(constant), reduction.number(constant)
+    (k, q), n = reduction.shifts(constant), reduction.number(constant)
     residuals = MOMENTS if is_on_one("cpu", constant) else SUMS
 
     # The barrier before x keeps XLA from merging the differences x − k of the forward pass with
@@ -174,12 +174,12 @@ def _group_norm(
     @functools.partial(
         jax.checkpoint,
         policy=jax.checkpoint_policies.save_only_these_names(residuals),
-        prevent_cse=(reduction.positions.number != 1, False, False, False, False),
+        prevent_cse=(reduction.positions.number != 1, *[False] * 5),
     )
-    def normalized(x, k, n, scale, bias):
+    def normalized(x, k, q, n, scale, bias):
         scale = None if scale is None else _rows(scale.astype(compute_dtype), axes)
         bias = None if bias is None else _rows(bias.astype(compute_dtype), axes)
-        y = _normalize(widened(x), k, n, scale, bias, reduction, epsilon)
+        y = _normalize(widened(x), k, q, n, scale, bias, reduction, epsilon)
         y = y if activation is None else activation(y)
         if y.shape != x.shape:
             raise ValueError(
@@ -187,12 +187,13 @@ def _group_norm(
             )
         return y.astype(output_dtype)
 
-    return normalized(x, k, n, scale, bias)
+    return normalized(x, k, q, n, scale, bias)
 
 
 def _normalize(
     x: Array,
     k: Array,
+    q: Array,
     n: Array,
     scale: Array | None,
     bias: Array | None,
@@ -201,10 +202,11 @@ def _normalize(
 ) -> Array:
     """y = scale · (x − μ) / √(σ² + ε) + bias = (x − pivot) · a + b."""
     positions = reduction.positions
-    m, mean_square = reduction.moments(x, k, n)
-    r = kept(_inverse_sqrt(variance(m, mean_square) + epsilon), MOMENTS)
+    m, mean_shifted = reduction.moments(x, k, q, n)
+    sigma_squared = variance(m, mean_shifted, q)
+    r = kept(_inverse_sqrt(sigma_squared + epsilon), MOMENTS)
 
-    pivot, rest = mean(k, m)
+    pivot, rest = map(reduction.groups.once_a_group, mean(k, m, sigma_squared))
     rest, a = reduction.to_channels(rest, r.astype(x.dtype))
     a = a if scale is None else a * scale
     b = -rest * a

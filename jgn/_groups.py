@@ -32,11 +32,17 @@ class Groups:
     def __init__(self, x: Array, axes: Axes, num_groups: int):
         self._num_groups = num_groups
         self.size = x.shape[axes.channel] // num_groups
+        self._broadcast_themselves = self.size == 1 or num_groups == 1
         in_the_innermost_loop = axes.channel == x.ndim - 1
         on_one_cpu = is_on_one("cpu", x)
-        self._multiplies = on_one_cpu and in_the_innermost_loop and self.size % LANES != 0
-        sums_short_axes = on_one_cpu and not self._multiplies
-        self._factors = _factors(self.size) if sums_short_axes else (self.size,)
+        self._multiplies = (
+            on_one_cpu
+            and in_the_innermost_loop
+            and self.size % LANES != 0
+            and not self._broadcast_themselves
+        )
+        self._broadcasts_on_a_cpu = on_one_cpu and not self._multiplies
+        self._factors = _factors(self.size) if self._broadcasts_on_a_cpu else (self.size,)
         sharding = jax.typeof(x).sharding
         self._channel_sharding = sharding.spec[axes.channel]
         self._span_devices = num_groups % partitions(sharding, axes.channel) != 0
@@ -56,8 +62,8 @@ class Groups:
 
     def spread(self, per_group: Array) -> Array:
         """Gives every channel its group's value."""
-        if self.size == 1 or self._num_groups == 1:
-            return per_group  # It broadcasts by itself.
+        if self._broadcast_themselves:
+            return per_group
         if self._multiplies:
             two_columns = jnp.stack([per_group, jnp.zeros_like(per_group)], axis=-1)
             grouped = _matmul(two_columns, _first_of_two(self.size, per_group.dtype), 1)
@@ -69,6 +75,16 @@ class Groups:
         if self._span_devices:
             per_channel = _reshard_last(per_channel, self._channel_sharding)
         return per_channel
+
+    def once_a_group(self, per_group: Array) -> Array:
+        """The values, computed before anything that wants them for every position.
+
+        XLA:CPU computes as often as they are wanted what is no quotient or remainder. Of the second
+        by infinity it does not know that it is the value itself.
+        """
+        if not self._broadcasts_on_a_cpu or jnp.iscomplexobj(per_group):
+            return per_group
+        return lax.rem(per_group, jnp.full_like(per_group, jnp.inf))
 
 
 def _factors(size: int) -> tuple[int, ...]:

@@ -1,14 +1,17 @@
-"""Shifted moments of every group: the mean and the variance of x around a number k.
+"""Shifted moments of every group: the mean and the variance of x around numbers k and q.
 
-With d = x − k, every k gives the same moments,
+With d = x − k, every k and every q give the same moments,
 
-    μ = k + m,    m = E[d],    σ² = E[|d|²] − |m|²,
+    μ = k + m,    m = E[d],    σ² = E[|d|² − q] − |m|² + q,
 
-and decides only how they are rounded: the relative error of σ² is about u · (1 + (k − μ)²/σ²),
+and decide only how they are rounded: the relative error of σ² is about u · (1 + (k − μ)²/σ²),
 u being the unit roundoff. Here k is the mean of at least one in `STRIDE` of the group's elements,
 and the mean of s out of n numbers is never further from their mean than (k − μ)² ≤ (n/s) · σ²
 (Cauchy-Schwarz). So no input whatever makes that error larger than (1 + STRIDE) · u for each time
 that the sums round. The textbook's E[x²] − E[x]² is the same with k = 0, and has no bound.
+
+A sum that is taken term by term rounds in proportion to what it has reached. That of d, around 0,
+never gets far; that of squares does, unless it has q near σ² to subtract from each of them.
 """
 
 from collections.abc import Sequence
@@ -25,6 +28,8 @@ from jgn._positions import Positions, is_on_one
 STRIDE = 64
 # So many elements at least, whose mean is seldom further than σ/2 from μ.
 SAMPLE = 32
+# The share of E[x²] that E[x²] − E[x]² must be for most of its digits not to be noise.
+SIGNIFICANT = 1e-4
 
 # The names of what autodiff can keep for the backward pass besides x, k and the parameters: either
 # will do. From moments the way is shorter, but one array of sums is one kernel less on a GPU.
@@ -52,21 +57,29 @@ class Reduction(NamedTuple):
     mask: Array | None
     shards: Shards
 
-    def near_mean(self, x: Array) -> Array:
-        """k of every group."""
+    def shifts(self, x: Array) -> tuple[Array, Array]:
+        """k and q of every group."""
         stride = STRIDE
         if isinstance(self.positions.number, int):  # Not symbolic.
             stride = min(STRIDE, max(1, self.positions.number * self.groups.size // SAMPLE))
         sample = x if self.mask is not None else self.positions.sample(x, stride)
+        positions = self.positions.of(sample)
         inverse = jnp.asarray(1 / self._count(sample), x.dtype)
-        if self.mask is None:
+        if self.mask is not None:
+            total = positions.sum(self._where_counted(sample))
+            (total,) = self.shards.sum(self.groups.sum(total))
+            k = _rounded(total * inverse)
+        elif not is_on_one("cpu", x):
             # With a sum for the last step, nothing is left that needs rounding, nor a GPU's kernel.
-            k = self.positions.of(sample).sum(sample * inverse)
+            k = positions.sum(sample * inverse)
             (k,) = self.shards.sum(self.groups.sum(k))
-            return k
-        total = self.positions.of(sample).sum(self._where_counted(sample))
-        (total,) = self.shards.sum(self.groups.sum(total))
-        return _rounded(total * inverse)
+        else:
+            squares = _squared_magnitude(sample).astype(x.dtype)
+            pair = positions.sums(sample * inverse, squares * inverse)
+            (pair,) = self.shards.sum(self.groups.sum(pair))
+            k, mean_square = positions.parts(pair)
+            return k, self.groups.once_a_group(_significant_variance(k, mean_square.real))
+        return k, jnp.zeros_like(k.real)
 
     def number(self, x: Array) -> Array:
         """n: how many elements of every group count, but at least 1."""
@@ -75,16 +88,17 @@ class Reduction(NamedTuple):
         # once a group, a product for every position again.
         return lax.optimization_barrier(n) if is_on_one("cpu", x) else n
 
-    def moments(self, x: Array, k: Array, n: Array) -> tuple[Array, Array]:
-        """m = E[d] and E[|d|²] of every group."""
-        along_k = self.positions.along(self.groups.spread(k))
+    def moments(self, x: Array, k: Array, q: Array, n: Array) -> tuple[Array, Array]:
+        """m = E[d] and E[|d|² − q] of every group."""
+        along_k, along_q = (self.positions.along(self.groups.spread(shift)) for shift in (k, q))
         d = self._where_counted(x - along_k)
-        pair = self.positions.sums(d, _squared_magnitude(d).astype(d.dtype))
-        (pair,) = self.shards.sum(self.groups.sum(pair))
-        sum_d, sum_d2 = self.positions.parts(kept(pair, SUMS))
+        shifted = self._where_counted((_squared_magnitude(d) - along_q).astype(d.dtype))
+        sums = self.positions.sums(d, shifted)
+        (sums,) = self.shards.sum(self.groups.sum(sums))
+        sum_d, sum_shifted = self.positions.parts(kept(sums, SUMS))
         m = sum_d / n.astype(d.dtype)
         m = m if is_on_one("cpu", x) else _refined(m, k, sum_d, n.astype(d.dtype))
-        return kept(m, MOMENTS), kept(sum_d2.real / n, MOMENTS)
+        return kept(m, MOMENTS), sum_shifted.real / n
 
     def to_channels(self, u: Array, v: Array) -> tuple[Array, Array]:
         """Gives every channel its group's u and v."""
@@ -111,21 +125,30 @@ def kept(per_group: Array, name: str) -> Array:
     return checkpoint_name(per_group, name)
 
 
-def variance(m: Array, mean_square: Array) -> Array:
+def variance(m: Array, mean_shifted: Array, q: Array) -> Array:
     """σ² of every group."""
-    value = mean_square - _squared_magnitude(m)
+    value = kept((mean_shifted - _squared_magnitude(m)) + q, MOMENTS)
     # Rounding can put σ² = 0 just below. A maximum would halve the derivative at exactly 0.
     return jnp.where(value < 0, 0, value)
 
 
-def mean(k: Array, m: Array) -> tuple[Array, Array]:
-    """μ in two parts: rounded, without a gradient, and what rounding has left of it.
+def _significant_variance(mean: Array, mean_square: Array) -> Array:
+    """E[|x|²] − |E[x]|² where that has digits that are not noise, else 0."""
+    variance = mean_square - _squared_magnitude(mean)
+    return jnp.where(variance > SIGNIFICANT * mean_square, variance, 0)
 
-    x minus the first is exact for x near μ. In a group of equal elements it is their value,
-    whatever the sums that led there have rounded, and the second is 0.
+
+def mean(k: Array, m: Array, variance: Array) -> tuple[Array, Array]:
+    """μ in two parts: a pivot, without a gradient, and what is left of μ.
+
+    The pivot is μ, rounded: x minus it is exact for x near μ. Where all x are near 0, it is 0: then
+    x minus it is exact for all of them. In a group of equal elements it is their value, whatever
+    the sums that led there have rounded, and what is left is 0.
     """
     rounded = _rounded_mean(k, m)
-    return rounded, m - (rounded - k)
+    near_zero = lax.stop_gradient(_squared_magnitude(rounded) < variance)
+    pivot = jnp.where(near_zero, 0, rounded)
+    return pivot, m - (pivot - k)
 
 
 def _refined(m: Array, k: Array, sum_d: Array, n: Array) -> Array:

@@ -28,37 +28,37 @@ class Mutant(NamedTuple):
     tests: tuple[str, ...]
 
 
-VARIANCE = "    value = mean_square - _squared_magnitude(m)\n"
-SHARED = "        (pair,) = self.shards.sum(self.groups.sum(pair))\n"
+VARIANCE = "kept((mean_shifted - _squared_magnitude(m)) + q, MOMENTS)\n"
+SHARED = "        (sums,) = self.shards.sum(self.groups.sum(sums))\n"
 
 MUTANTS = (
     # The equation
     Mutant(
         "another epsilon",
         "_group_norm.py",
-        "_inverse_sqrt(variance(m, mean_square) + epsilon)",
-        "_inverse_sqrt(variance(m, mean_square) + 1.001 * epsilon)",
+        "_inverse_sqrt(sigma_squared + epsilon)",
+        "_inverse_sqrt(sigma_squared + 1.001 * epsilon)",
         ("values", "seeds"),
     ),
     Mutant(
         "epsilon beside the standard deviation",
         "_group_norm.py",
-        "_inverse_sqrt(variance(m, mean_square) + epsilon)",
-        "1 / (jnp.sqrt(variance(m, mean_square)) + epsilon)",
+        "_inverse_sqrt(sigma_squared + epsilon)",
+        "1 / (jnp.sqrt(sigma_squared) + epsilon)",
         ("values", "seeds"),
     ),
     Mutant(
         "unbiased variance",
         "_group_norm.py",
-        "variance(m, mean_square) + epsilon",
-        "variance(m, mean_square) * n / jnp.maximum(n - 1, 1) + epsilon",
+        "_inverse_sqrt(sigma_squared + epsilon)",
+        "_inverse_sqrt(sigma_squared * n / jnp.maximum(n - 1, 1) + epsilon)",
         ("values", "seeds"),
     ),
     Mutant(
         "the mean's square forgotten",
         "_moments.py",
         VARIANCE,
-        "    value = mean_square\n",
+        "mean_shifted + q\n",
         ("values",),
     ),
     Mutant(
@@ -130,9 +130,58 @@ MUTANTS = (
     Mutant(
         "no shift",
         "_moments.py",
+        "            k, mean_square = positions.parts(pair)\n",
+        "            k, mean_square = positions.parts(pair)\n            k = 0 * k\n",
+        ("values",),
+    ),
+    Mutant(
+        "no shift on other devices than a CPU",
+        "_moments.py",
         "sum(sample * inverse)",
         "sum(sample * 0)",
         ("values",),
+    ),
+    Mutant(
+        "no shift of the squares",
+        "_moments.py",
+        "jnp.where(variance > SIGNIFICANT * mean_square, variance, 0)",
+        "jnp.zeros_like(variance)",
+        ("groups",),
+    ),
+    Mutant(
+        "noise for a shift of the squares",
+        "_moments.py",
+        "SIGNIFICANT = 1e-4\n",
+        "SIGNIFICANT = -1\n",
+        ("groups",),
+    ),
+    Mutant(
+        "the shift of the squares not added to the variance",
+        "_moments.py",
+        VARIANCE,
+        "mean_shifted - _squared_magnitude(m)\n",
+        ("values",),
+    ),
+    Mutant(
+        "a pivot beside 0",
+        "_moments.py",
+        "jnp.where(near_zero, 0, rounded)",
+        "rounded",
+        ("groups",),
+    ),
+    Mutant(
+        "no pivot",
+        "_moments.py",
+        "jnp.where(near_zero, 0, rounded)",
+        "jnp.zeros_like(rounded)",
+        ("values",),
+    ),
+    Mutant(
+        "values of groups computed for every position",
+        "_groups.py",
+        "        return lax.rem(per_group, jnp.full_like(per_group, jnp.inf))\n",
+        "        return per_group\n",
+        ("structure",),
     ),
     Mutant(
         "one position as the sample",
@@ -165,7 +214,7 @@ MUTANTS = (
     Mutant(
         "the rest of the mean forgotten",
         "_moments.py",
-        "m - (rounded - k)",
+        "m - (pivot - k)",
         "0 * m",
         ("values", "derivatives"),
     ),
@@ -216,29 +265,29 @@ MUTANTS = (
     Mutant(
         "no gradient through the variance",
         "_group_norm.py",
-        "_inverse_sqrt(variance(m, mean_square) + epsilon)",
-        "_inverse_sqrt(lax.stop_gradient(variance(m, mean_square)) + epsilon)",
+        "_inverse_sqrt(sigma_squared + epsilon)",
+        "_inverse_sqrt(lax.stop_gradient(sigma_squared) + epsilon)",
         ("derivatives",),
     ),
     Mutant(
         "no gradient through the mean",
         "_group_norm.py",
-        "    m, mean_square = reduction.moments(x, k, n)\n",
-        "    m, mean_square = reduction.moments(x, k, n)\n    m = lax.stop_gradient(m)\n",
+        "    m, mean_shifted = reduction.moments(x, k, q, n)\n",
+        "    m, mean_shifted = reduction.moments(x, k, q, n)\n    m = lax.stop_gradient(m)\n",
         ("derivatives",),
     ),
     Mutant(
         "right for first derivatives only",
         "_moments.py",
         VARIANCE,
-        "    value = mean_square - (2 * m - lax.stop_gradient(m)) * lax.stop_gradient(m)\n",
+        "mean_shifted - (2 * m - lax.stop_gradient(m)) * lax.stop_gradient(m) + q\n",
         ("derivatives",),
     ),
     Mutant(
         "the mean's square without a gradient",
         "_moments.py",
         VARIANCE,
-        "    value = mean_square - _squared_magnitude(lax.stop_gradient(m))\n",
+        "(mean_shifted - _squared_magnitude(lax.stop_gradient(m))) + q\n",
         ("derivatives",),
     ),
     Mutant(
@@ -265,7 +314,7 @@ MUTANTS = (
     Mutant(
         "differences merged across the passes",
         "_group_norm.py",
-        "prevent_cse=(reduction.positions.number != 1, False, False, False, False)",
+        "prevent_cse=(reduction.positions.number != 1, *[False] * 5)",
         "prevent_cse=False",
         ("residuals",),
     ),
@@ -280,8 +329,8 @@ MUTANTS = (
     Mutant(
         "mask ignored in the variance",
         "_moments.py",
-        "self.positions.sums(d, _squared_magnitude(d)",
-        "self.positions.sums(d, _squared_magnitude(x - along_k)",
+        "self._where_counted((_squared_magnitude(d) - along_q).astype(d.dtype))",
+        "(_squared_magnitude(x - along_k) - along_q).astype(d.dtype)",
         ("mask",),
     ),
     Mutant(
@@ -340,10 +389,10 @@ MUTANTS = (
         "_moments.py",
         SHARED,
         "        local = self._replace(shards=Shards(None, None))._count(x)\n"
-        "        pair = self.groups.sum(pair) / local\n"
+        "        sums = self.groups.sum(sums) / local\n"
         "        if self.shards.axis_name is not None:\n"
-        "            pair = lax.pmean(pair, *self.shards)\n"
-        "        pair = pair * n\n",
+        "            sums = lax.pmean(sums, *self.shards)\n"
+        "        sums = sums * n\n",
         ("sharding",),
     ),
     Mutant(
@@ -420,22 +469,22 @@ MUTANTS = (
     Mutant(
         "plain broadcasts of groups of every size",
         "_groups.py",
-        "in_the_innermost_loop and self.size % LANES != 0",
-        "False",
+        "            and self.size % LANES != 0\n",
+        "            and False\n",
         ("structure",),
     ),
     Mutant(
         "products for groups of every size",
         "_groups.py",
-        "on_one_cpu and in_the_innermost_loop and self.size % LANES != 0",
-        "on_one_cpu",
+        "            and in_the_innermost_loop\n            and self.size % LANES != 0\n",
+        "",
         ("structure",),
     ),
     Mutant(
         "large groups summed along one axis",
         "_groups.py",
-        "_factors(self.size) if sums_short_axes else",
-        "(self.size,) if sums_short_axes else",
+        "_factors(self.size) if self._broadcasts_on_a_cpu else",
+        "(self.size,) if self._broadcasts_on_a_cpu else",
         ("structure",),
     ),
     Mutant(

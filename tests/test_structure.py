@@ -230,10 +230,10 @@ def test_the_count_of_compilations_sees_separate_operations():
 @pytest.mark.parametrize(
     ("shape", "num_groups", "sums"),
     [
-        # Over 15 columns, 14 rows and the 8 channels of a group.
-        ((4, 14, 15, 24), 3, 3),
+        # Over 15 columns, 14 rows and the 8 channels of a group, and for k over a row and channels.
+        ((4, 14, 15, 24), 3, 5),
         # 4 channels are in a product.
-        ((4, 14, 15, 24), 6, 2),
+        ((4, 14, 15, 24), 6, 3),
         # Over 16 columns, 16 rows and what is left, and for k over the same of its sample.
         ((1, 128, 128, 24), 6, 6),
     ],
@@ -257,6 +257,20 @@ def test_compiled_a_sum_over_a_large_group_stays_one():
     hlo = jax.jit(value_and_gradient).lower(x).compile().as_text()
     assert " reduce(" in hlo
     assert "reduce-window(" not in hlo
+
+
+@NEEDS_A_CPU
+@pytest.mark.parametrize("num_groups", [1, 3, 24])
+def test_compiled_no_loop_over_x_computes_pivots(num_groups):
+    """Pivots are rounded and selected: once a group."""
+    x = random((2, 16, 16, 24))
+    hlo = jax.jit(lambda x: jgn.group_norm(x, num_groups)).lower(x).compile().as_text()
+    computations = re.findall(r"^%?\S+ \(.*?^\}", hlo, flags=re.MULTILINE | re.DOTALL)
+    over_x = [c for c in computations if re.search(r"f32\[2,16,16,24\]\S* parameter\(", c)]
+    assert len(over_x) >= 2
+    for computation in over_x:
+        assert not re.search(r" (clamp|maximum|minimum|compare|select)\(", computation)
+    assert re.search(r" (clamp|maximum|minimum)\(", hlo)
 
 
 @LAYOUT
