@@ -311,7 +311,8 @@ def _checked_mask(mask: Any, x: Array) -> Array:
 
 def _checked_epsilon(epsilon: Any) -> float:
     try:
-        if isinstance(epsilon, str | bytes | bytearray | bool):
+        boolean = isinstance(epsilon, bool) or getattr(epsilon, "dtype", None) == jnp.bool_
+        if boolean or isinstance(epsilon, str | bytes | bytearray):
             raise TypeError
         value = float(epsilon)
     except OverflowError:

@@ -7,11 +7,12 @@ With d = x − k, every k and every q give the same moments,
 and decide only how they are rounded: the relative error of σ² is about u · (1 + (k − μ)²/σ²),
 u being the unit roundoff. Here k is the mean of at least one in `STRIDE` of the group's elements,
 and the mean of s out of n numbers is never further from their mean than (k − μ)² ≤ (n/s) · σ²
-(Cauchy-Schwarz). So no input whatever makes that error larger than (1 + STRIDE) · u for each time
-that the sums round. The textbook's E[x²] − E[x]² is the same with k = 0, and has no bound.
+(Cauchy-Schwarz). The textbook's E[x²] − E[x]² is the same with k = 0, and has no bound.
 
 A sum that is taken term by term rounds in proportion to what it has reached. That of d, around 0,
-never gets far; that of squares does, unless it has q near σ² to subtract from each of them.
+never gets far; that of squares does, unless it has q near σ² to subtract from each of them. Here q
+is the variance of the sample, which is (n/s) · σ² at most, too. So no input whatever makes the
+error of σ² larger than (1 + 2 · STRIDE) · u for each time that the sums round.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jgn._groups import Groups
 from jgn._positions import Positions, is_on_one
 
-# One position in so many decides k: 2 % of a pass over x, and an error of at most 65 u.
+# One position in so many decides k and q: 2 % of a pass over x, and an error of at most 129 u.
 STRIDE = 64
 # So many elements at least, whose mean is seldom further than σ/2 from μ.
 SAMPLE = 32
@@ -67,16 +68,13 @@ class Reduction(NamedTuple):
         inverse = jnp.asarray(1 / self._count(sample), x.dtype)
         if self.mask is not None:
             total = positions.sum(self._where_counted(sample))
-            (total,) = self.shards.sum(self.groups.sum(total))
-            k = _rounded(total * inverse)
+            k = _rounded(self._over_groups(total) * inverse)
         elif not is_on_one("cpu", x):
             # With a sum for the last step, nothing is left that needs rounding, nor a GPU's kernel.
-            k = positions.sum(sample * inverse)
-            (k,) = self.shards.sum(self.groups.sum(k))
+            k = self._over_groups(positions.sum(sample * inverse))
         else:
             squares = _squared_magnitude(sample).astype(x.dtype)
-            pair = positions.sums(sample * inverse, squares * inverse)
-            (pair,) = self.shards.sum(self.groups.sum(pair))
+            pair = self._over_groups(positions.sums(sample * inverse, squares * inverse))
             k, mean_square = positions.parts(pair)
             return k, self.groups.once_a_group(_significant_variance(k, mean_square.real))
         return k, jnp.zeros_like(k.real)
@@ -93,8 +91,7 @@ class Reduction(NamedTuple):
         along_k, along_q = (self.positions.along(self.groups.spread(shift)) for shift in (k, q))
         d = self._where_counted(x - along_k)
         shifted = self._where_counted((_squared_magnitude(d) - along_q).astype(d.dtype))
-        sums = self.positions.sums(d, shifted)
-        (sums,) = self.shards.sum(self.groups.sum(sums))
+        sums = self._over_groups(self.positions.sums(d, shifted))
         sum_d, sum_shifted = self.positions.parts(kept(sums, SUMS))
         m = sum_d / n.astype(d.dtype)
         m = m if is_on_one("cpu", x) else _refined(m, k, sum_d, n.astype(d.dtype))
@@ -114,8 +111,12 @@ class Reduction(NamedTuple):
             (count,) = self.shards.sum(positions.number * self.groups.size)
             return count
         counted = positions.count(self.mask, jnp.finfo(x.dtype).dtype)
-        (count,) = self.shards.sum(self.groups.sum(counted))
-        return jnp.maximum(count, 1)
+        return jnp.maximum(self._over_groups(counted), 1)
+
+    def _over_groups(self, per_channel: Array) -> Array:
+        """Sums a value a channel over every group, on all shards."""
+        (total,) = self.shards.sum(self.groups.sum(per_channel))
+        return total
 
 
 def kept(per_group: Array, name: str) -> Array:

@@ -29,7 +29,7 @@ class Mutant(NamedTuple):
 
 
 VARIANCE = "kept((mean_shifted - _squared_magnitude(m)) + q, MOMENTS)\n"
-SHARED = "        (sums,) = self.shards.sum(self.groups.sum(sums))\n"
+SHARED = "        sums = self._over_groups(self.positions.sums(d, shifted))\n"
 
 MUTANTS = (
     # The equation
@@ -389,7 +389,7 @@ MUTANTS = (
         "_moments.py",
         SHARED,
         "        local = self._replace(shards=Shards(None, None))._count(x)\n"
-        "        sums = self.groups.sum(sums) / local\n"
+        "        sums = self.groups.sum(self.positions.sums(d, shifted)) / local\n"
         "        if self.shards.axis_name is not None:\n"
         "            sums = lax.pmean(sums, *self.shards)\n"
         "        sums = sums * n\n",
@@ -405,8 +405,8 @@ MUTANTS = (
     Mutant(
         "each shard around its own pivot",
         "_moments.py",
-        "(total,) = self.shards.sum(self.groups.sum(total))",
-        "total = self.groups.sum(total)",
+        "_rounded(self._over_groups(total) * inverse)",
+        "_rounded(self.groups.sum(total) * inverse)",
         ("sharding",),
     ),
     # How it is computed

@@ -130,7 +130,7 @@ def bad_options(generator, x, _):
         rule = f"epsilon must be finite and not negative: got {float(bad)}."
         yield {"epsilon": bad}, ValueError, rule
     yield {"epsilon": 10**400}, ValueError, "epsilon must be finite and not negative: got inf."
-    for bad in (*NO_NUMBER, False):
+    for bad in (*NO_NUMBER, False, np.False_):
         rule = f"epsilon must be a number known when the call is traced: got {bad!r}."
         yield {"epsilon": bad}, TypeError, rule
     for bad in ("int32", "bool", "uint8", "float8_e5m2"):

@@ -161,7 +161,7 @@ FUNCTION = [
             TypeError,
             f"epsilon must be a number known when the call is traced: got {bad!r}.",
         )
-        for bad in (b"4", bytearray(b"4"), True)
+        for bad in (b"4", bytearray(b"4"), True, np.True_, jnp.array(True))
     ),
     (
         X,
