@@ -350,8 +350,8 @@ MUTANTS = (
     Mutant(
         "an empty mask divides by 0",
         "_moments.py",
-        "jnp.maximum(count, 1)",
-        "count",
+        "jnp.maximum(self._over_groups(counted), 1)",
+        "self._over_groups(counted)",
         ("mask",),
     ),
     Mutant(
