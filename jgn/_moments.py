@@ -31,6 +31,8 @@ STRIDE = 64
 SAMPLE = 32
 # The share of E[x²] that E[x²] − E[x]² must be for most of its digits not to be noise.
 SIGNIFICANT = 1e-4
+# For a mean of fewer standard deviations from 0, x rounds less by itself than x − μ does.
+NEAR_ZERO = 2
 
 # The names of what autodiff can keep for the backward pass besides x, k and the parameters: either
 # will do. From moments the way is shorter, but one array of sums is one kernel less on a GPU.
@@ -142,12 +144,12 @@ def _significant_variance(mean: Array, mean_square: Array) -> Array:
 def mean(k: Array, m: Array, variance: Array) -> tuple[Array, Array]:
     """μ in two parts: a pivot, without a gradient, and what is left of μ.
 
-    The pivot is μ, rounded: x minus it is exact for x near μ. Where all x are near 0, it is 0: then
-    x minus it is exact for all of them. In a group of equal elements it is their value, whatever
+    The pivot is μ, rounded: x minus it is exact for x near μ. For μ near 0 it is 0: then x minus it
+    is exact for all x. In a group of equal elements it is their value, whatever
     the sums that led there have rounded, and what is left is 0.
     """
     rounded = _rounded_mean(k, m)
-    near_zero = lax.stop_gradient(_squared_magnitude(rounded) < variance)
+    near_zero = lax.stop_gradient(_squared_magnitude(rounded) < NEAR_ZERO**2 * variance)
     pivot = jnp.where(near_zero, 0, rounded)
     return pivot, m - (pivot - k)
 
