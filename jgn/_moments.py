@@ -31,7 +31,7 @@ STRIDE = 64
 SAMPLE = 32
 # The share of E[x²] that E[x²] − E[x]² must be for most of its digits not to be noise.
 SIGNIFICANT = 1e-4
-# For a mean of fewer standard deviations from 0, x rounds less by itself than x − μ does.
+# For a mean of fewer standard deviations from 0, a product of x rounds less than one of x − μ.
 NEAR_ZERO = 2
 
 # The names of what autodiff can keep for the backward pass besides x, k and the parameters: either
@@ -69,10 +69,12 @@ class Reduction(NamedTuple):
         positions = self.positions.of(sample)
         inverse = jnp.asarray(1 / self._count(sample), x.dtype)
         if self.mask is not None:
+            # The sample is all of x, and to square it would take as long as the moments do.
             total = positions.sum(self._where_counted(sample))
             k = _rounded(self._over_groups(total) * inverse)
         elif not is_on_one("cpu", x):
-            # With a sum for the last step, nothing is left that needs rounding, nor a GPU's kernel.
+            # Where sums are trees, there is no need of q. And with a sum for the last step, nothing
+            # is left that needs rounding, nor a GPU's kernel.
             k = self._over_groups(positions.sum(sample * inverse))
         else:
             squares = _squared_magnitude(sample).astype(x.dtype)
@@ -145,8 +147,8 @@ def mean(k: Array, m: Array, variance: Array) -> tuple[Array, Array]:
     """μ in two parts: a pivot, without a gradient, and what is left of μ.
 
     The pivot is μ, rounded: x minus it is exact for x near μ. For μ near 0 it is 0: then x minus it
-    is exact for all x. In a group of equal elements it is their value, whatever
-    the sums that led there have rounded, and what is left is 0.
+    is exact for all x. In a group of equal elements it is their value, whatever the sums that led
+    there have rounded, and what is left is 0.
     """
     rounded = _rounded_mean(k, m)
     near_zero = lax.stop_gradient(_squared_magnitude(rounded) < NEAR_ZERO**2 * variance)
