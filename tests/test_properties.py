@@ -3,6 +3,7 @@
 HYPOTHESIS_PROFILE=campaign runs a hundred times as many examples.
 """
 
+import itertools
 import os
 
 import jax
@@ -43,11 +44,16 @@ ACTIVATIONS = {
 }
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 PLACED = st.sampled_from([np.asarray, on_a_mesh])
+# Linux maps 65,530 areas of memory for a process, and programs that JAX keeps take some each.
+EXAMPLES_KEPT = 100
+example_numbers = itertools.count(1)
 
 
 @st.composite
 def calls(draw, dtypes=DTYPES):
     """x, its number of groups and the other arguments of a call in the documented domain."""
+    if next(example_numbers) % EXAMPLES_KEPT == 0:
+        jax.clear_caches()
     rank = draw(st.integers(1, 6))
     size = st.integers(draw(st.sampled_from([1, 1, 1, 0])), 9 if rank < 5 else 4)
     sizes = draw(st.lists(size, min_size=rank, max_size=rank))
