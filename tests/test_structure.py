@@ -246,6 +246,16 @@ def test_compiled_every_sum_of_a_block_stays_one(shape, num_groups, sums):
 
 
 @NEEDS_A_CPU
+def test_compiled_the_mean_of_what_a_mask_counts_is_summed_by_blocks():
+    """Over 16 columns, 16 rows and what is left, for the count, for k and for the moments."""
+    x = random((1, 128, 128, 24))
+    mask = random((1, 128, 128, 1)) > 0
+    normalized = jax.jit(lambda x, mask: jgn.group_norm(x, 6, mask=mask))
+    hlo = normalized.lower(x, mask).compile().as_text()
+    assert len(re.findall(r"= c64\S* reduce\(", hlo)) == 9
+
+
+@NEEDS_A_CPU
 def test_compiled_a_sum_over_a_large_group_stays_one():
     """XLA:CPU makes a windowed sum and another of one over more than 32 elements along an axis."""
     x = random((2, 16, 16, 80))
