@@ -160,7 +160,7 @@ def _group_norm(
         # So that 0 · x = 0 under the mask, whatever multiplies x in the backward pass.
         return jnp.where(mask | (jnp.abs(x) < math.sqrt(jnp.finfo(x.dtype).max)), x, 0)
 
-    # The identity holds for every k, so stopping its gradient changes no derivative of any order.
+    # The identity holds for every k and q, so without their gradients no derivative changes.
     constant = widened(lax.stop_gradient(x))
     reduction = Reduction(
         positions_of(constant, axes), Groups(constant, axes, num_groups), mask, shards

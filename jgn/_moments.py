@@ -80,7 +80,7 @@ class Reduction(NamedTuple):
             squares = _squared_magnitude(sample).astype(x.dtype)
             pair = self._over_groups(positions.sums(sample * inverse, squares * inverse))
             k, mean_square = positions.parts(pair)
-            return k, self.groups.once_a_group(_significant_variance(k, mean_square.real))
+            return k, _significant_variance(k, mean_square.real)
         return k, jnp.zeros_like(k.real)
 
     def number(self, x: Array) -> Array:
