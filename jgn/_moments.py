@@ -31,6 +31,9 @@ STRIDE = 64
 SAMPLE = 32
 # The share of E[x²] that E[x²] − E[x]² must be for most of its digits not to be noise.
 SIGNIFICANT = 1e-4
+# (k − μ)² is at most STRIDE · σ². So a variance of fewer units in its last place than this is what
+# rounding has left of 0.
+ROUNDED = 512
 # For a mean of fewer standard deviations from 0, a product of x rounds less than one of x − μ.
 NEAR_ZERO = 2
 
@@ -97,9 +100,7 @@ class Reduction(NamedTuple):
         shifted = self._where_counted((_squared_magnitude(d) - along_q).astype(d.dtype))
         sums = self._over_groups(self.positions.sums(d, shifted))
         sum_d, sum_shifted = self.positions.parts(kept(sums, SUMS))
-        m = sum_d / n.astype(d.dtype)
-        m = m if is_on_one("cpu", x) else _refined(m, k, sum_d, n.astype(d.dtype))
-        return kept(m, MOMENTS), sum_shifted.real / n
+        return kept(sum_d / n.astype(d.dtype), MOMENTS), sum_shifted.real / n
 
     def to_channels(self, u: Array, v: Array) -> tuple[Array, Array]:
         """Gives every channel its group's u and v."""
@@ -131,10 +132,10 @@ def kept(per_group: Array, name: str) -> Array:
 
 
 def variance(m: Array, mean_shifted: Array, q: Array) -> Array:
-    """σ² of every group."""
-    value = kept((mean_shifted - _squared_magnitude(m)) + q, MOMENTS)
-    # Rounding can put σ² = 0 just below. A maximum would halve the derivative at exactly 0.
-    return jnp.where(value < 0, 0, value)
+    """σ² of every group: of equal elements 0, whatever the sums have rounded."""
+    square = _squared_magnitude(m)
+    value = kept((mean_shifted - square) + q, MOMENTS)
+    return _zero_where(value < ROUNDED * jnp.finfo(value.dtype).eps * square, value)
 
 
 def _significant_variance(mean: Array, mean_square: Array) -> Array:
@@ -147,26 +148,17 @@ def mean(k: Array, m: Array, variance: Array) -> tuple[Array, Array]:
     """μ in two parts: a pivot, without a gradient, and what is left of μ.
 
     The pivot is μ, rounded: x minus it is exact for x near μ. For μ near 0 it is 0: then x minus it
-    is exact for all x. In a group of equal elements it is their value, whatever the sums that led
-    there have rounded, and what is left is 0.
+    is exact for all x. In a group of equal elements it is their value, and what is left is 0.
     """
-    rounded = _rounded_mean(k, m)
+    rounded = lax.stop_gradient(k + _rounded(m))
     near_zero = lax.stop_gradient(_squared_magnitude(rounded) < NEAR_ZERO**2 * variance)
     pivot = jnp.where(near_zero, 0, rounded)
-    return pivot, m - (pivot - k)
+    return pivot, _zero_where(variance == 0, m - (pivot - k))
 
 
-def _refined(m: Array, k: Array, sum_d: Array, n: Array) -> Array:
-    """m where quotients are not exact, as on GPUs: in a group of equal elements, how far k is off.
-
-    There d and n·d have few digits, so that Σd − n·d is 0 though Σd / n is not d.
-    """
-    off = _rounded_mean(k, m) - k
-    return off + (sum_d - n * off) / n
-
-
-def _rounded_mean(k: Array, m: Array) -> Array:
-    return lax.stop_gradient(k + _rounded(m))
+def _zero_where(condition: Array, x: Array) -> Array:
+    """Sets values to 0, and leaves their derivatives."""
+    return x - lax.stop_gradient(jnp.where(condition, x, 0))
 
 
 def _rounded(x: Array) -> Array:

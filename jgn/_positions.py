@@ -17,6 +17,9 @@ PART = 256
 SMALLEST_PART, LARGEST_PART = 32, 4096
 # How many sums over a part of so many channels give most multiprocessors one.
 ENOUGH_SUMS, CHANNELS_OF_A_SUM = 128, 64
+# Along the last spatial axis a sample skips so many positions at most before it skips along others.
+# With all from one row, a row unlike the others would decide.
+LAST_STRIDE = 4
 
 
 class Positions:
@@ -100,14 +103,17 @@ class Positions:
         return type(self)(x, self._axes)
 
     def sample(self, x: Array, one_in: int) -> Array:
-        """At least one in so many positions of x, skipping along the first spatial axes first."""
-        strides = [1] * x.ndim
-        for axis in self._axes.spatial:
-            if partitions(jax.typeof(x).sharding, axis) > 1:
-                continue  # Slices of an explicitly sharded axis must divide evenly.
-            strides[axis] = _stride(x.shape[axis], one_in, _devices(x))
-            one_in //= strides[axis]
-        return lax.slice(x, (0,) * x.ndim, x.shape, strides)
+        """At least one in so many positions of x, evenly spaced, and not from its borders."""
+        # Slices of an explicitly sharded axis must divide evenly.
+        axes = [a for a in self._axes.spatial if partitions(jax.typeof(x).sharding, a) == 1]
+        slices = [slice(0, size, 1) for size in x.shape]
+        for axis in axes:
+            along_last = 1
+            if axis != axes[-1]:
+                along_last = _evenly_spaced(x.shape[axes[-1]], LAST_STRIDE, x).step
+            slices[axis] = _evenly_spaced(x.shape[axis], max(1, one_in // along_last), x)
+            one_in //= slices[axis].step
+        return lax.slice(x, *zip(*((s.start, s.stop, s.step) for s in slices), strict=True))
 
     def _sum_at_once(self, x: Array) -> Array:
         channel = sum(axis < self._axes.channel for axis in self._axes.batch)
@@ -135,14 +141,20 @@ def _devices(x: Array) -> int:
     return 1 if mesh.empty else mesh.size
 
 
-def _stride(size: int, one_in: int, devices: int) -> int:
+def _evenly_spaced(size: int, one_in: int, x: Array) -> slice:
+    """At least one in so many of an axis, with as much before the first as after the last."""
     if not isinstance(size, int):
-        return one_in  # A symbolic size is not known to be small.
+        return slice(0, size, one_in)  # A symbolic size is not known to be small.
+    devices = _devices(x)
     if devices == 1 or size <= one_in:
-        return min(one_in, size)
+        number = math.ceil(size / one_in)
+        stride = size // number
+        start = (size - 1 - (number - 1) * stride) // 2
+        return slice(start, start + (number - 1) * stride + 1, stride)
     # Strides that divide what each device has of an axis move nothing between devices.
     on_each = size // devices if size % devices == 0 else 1
-    return max(stride for stride in range(1, one_in + 1) if on_each % stride == 0)
+    stride = max(stride for stride in range(1, one_in + 1) if on_each % stride == 0)
+    return slice(0, size, stride)
 
 
 def partitions(sharding: NamedSharding, axis: int) -> int:

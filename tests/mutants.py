@@ -28,7 +28,8 @@ class Mutant(NamedTuple):
     tests: tuple[str, ...]
 
 
-VARIANCE = "kept((mean_shifted - _squared_magnitude(m)) + q, MOMENTS)\n"
+VARIANCE = "(mean_shifted - square) + q"
+CLAMPED = "_zero_where(value < ROUNDED * jnp.finfo(value.dtype).eps * square, value)"
 SHARED = "        sums = self._over_groups(self.positions.sums(d, shifted))\n"
 
 MUTANTS = (
@@ -58,7 +59,7 @@ MUTANTS = (
         "the mean's square forgotten",
         "_moments.py",
         VARIANCE,
-        "mean_shifted + q\n",
+        "mean_shifted + q",
         ("values",),
     ),
     Mutant(
@@ -159,7 +160,7 @@ MUTANTS = (
         "the shift of the squares not added to the variance",
         "_moments.py",
         VARIANCE,
-        "mean_shifted - _squared_magnitude(m)\n",
+        "mean_shifted - square",
         ("values",),
     ),
     Mutant(
@@ -198,10 +199,24 @@ MUTANTS = (
         ("groups",),
     ),
     Mutant(
+        "a sample from the borders",
+        "_positions.py",
+        "start = (size - 1 - (number - 1) * stride) // 2",
+        "start = 0",
+        ("groups",),
+    ),
+    Mutant(
+        "a sample from as few rows as possible",
+        "_positions.py",
+        "LAST_STRIDE = 4\n",
+        "LAST_STRIDE = 1\n",
+        ("groups",),
+    ),
+    Mutant(
         "the output around the sample's mean",
         "_moments.py",
-        "return lax.stop_gradient(k + _rounded(m))",
-        "return k",
+        "rounded = lax.stop_gradient(k + _rounded(m))",
+        "rounded = k",
         ("values",),
     ),
     Mutant(
@@ -221,16 +236,37 @@ MUTANTS = (
     Mutant(
         "missing clamp",
         "_moments.py",
-        "jnp.where(value < 0, 0, value)",
+        CLAMPED,
         "value",
         ("groups",),
     ),
     Mutant(
         "a clamp that halves the derivative",
         "_moments.py",
-        "jnp.where(value < 0, 0, value)",
+        CLAMPED,
         "jnp.maximum(value, 0)",
         ("derivatives",),
+    ),
+    Mutant(
+        "a clamp without derivatives",
+        "_moments.py",
+        "x - lax.stop_gradient(jnp.where(condition, x, 0))",
+        "jnp.where(condition, 0, x)",
+        ("values", "derivatives"),
+    ),
+    Mutant(
+        "a clamp at 0, whatever rounding leaves",
+        "_moments.py",
+        "ROUNDED = 512\n",
+        "ROUNDED = 0\n",
+        ("values",),
+    ),
+    Mutant(
+        "a mean that is not left of equal elements by rounding",
+        "_moments.py",
+        "_zero_where(variance == 0, m - (pivot - k))",
+        "m - (pivot - k)",
+        ("values",),
     ),
     Mutant(
         "statistics in x's dtype",
@@ -280,14 +316,14 @@ MUTANTS = (
         "right for first derivatives only",
         "_moments.py",
         VARIANCE,
-        "mean_shifted - (2 * m - lax.stop_gradient(m)) * lax.stop_gradient(m) + q\n",
+        "mean_shifted - (2 * m - lax.stop_gradient(m)) * lax.stop_gradient(m) + q",
         ("derivatives",),
     ),
     Mutant(
         "the mean's square without a gradient",
         "_moments.py",
         VARIANCE,
-        "(mean_shifted - _squared_magnitude(lax.stop_gradient(m))) + q\n",
+        "(mean_shifted - lax.stop_gradient(square)) + q",
         ("derivatives",),
     ),
     Mutant(
@@ -521,13 +557,6 @@ MUTANTS = (
         "positions.along(lax.stop_gradient(pivot))",
         "positions.along(pivot)",
         ("structure",),
-    ),
-    Mutant(
-        "quotients taken as exact",
-        "_moments.py",
-        'm if is_on_one("cpu", x) else _refined',
-        "m if True else _refined",
-        ("values",),
     ),
     Mutant(
         "the two values of a pair exchanged",

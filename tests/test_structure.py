@@ -230,10 +230,10 @@ def test_the_count_of_compilations_sees_separate_operations():
 @pytest.mark.parametrize(
     ("shape", "num_groups", "sums"),
     [
-        # Over 15 columns, 14 rows and the 8 channels of a group, and for k over a row and channels.
+        # Over 15 columns, 14 rows and the 8 channels of a group; for k over 4 columns and channels.
         ((4, 14, 15, 24), 3, 5),
-        # 4 channels are in a product.
-        ((4, 14, 15, 24), 6, 3),
+        # 4 channels are in a product; for k over 5 columns and 2 rows.
+        ((4, 14, 15, 24), 6, 4),
         # Over 16 columns, 16 rows and what is left, and for k over the same of its sample.
         ((1, 128, 128, 24), 6, 6),
     ],

@@ -155,7 +155,14 @@ def test_a_group_of_equal_elements_gives_exactly_its_bias(dtype, masked):
 @pytest.mark.parametrize("epsilon", [1e-5, 0])
 @pytest.mark.parametrize(
     ("shape", "num_groups"),
-    [((64, 64, 320), 32), ((100, 128, 24), 3), ((7, 7, 2048), 1), ((1000, 999, 3), 1)],
+    [
+        ((64, 64, 320), 32),
+        ((100, 128, 24), 3),
+        ((7, 7, 2048), 1),
+        ((1000, 999, 3), 1),
+        ((595, 23, 33), 1),
+        ((1009, 1013, 7), 1),
+    ],
 )
 def test_a_large_group_of_equal_elements_gives_exactly_its_bias(shape, num_groups, epsilon):
     """Though the sums that lead to its mean and variance are rounded."""
@@ -257,6 +264,7 @@ def adversaries():
         "one position in 64 by rows": (column * height + row) % 64 == 0,
         "one in 8 by 8": (row % 8 == 0) & (column % 8 == 0),
         "last row": row == height - 1,
+        "the sample of jgn": (row % 16 == 7) & (column % 4 == 1),
     }
     outliers = [
         np.where(where, size, noise) for where in first.values() for size in (1e2, 1e4, -1e7)
@@ -286,6 +294,30 @@ def test_no_placement_of_outliers_breaks_the_bound_on_the_variance(channel_axis)
     variance = np.square(x - pivot).mean((1, 2, 3), keepdims=True) - mean * mean
     naive = (x - pivot - mean) / np.sqrt(variance + np.float32(1e-5))
     assert (np.abs(naive - wanted).max((1, 2, 3)) / scale).max() > bound, "one element is no pivot"
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("channel_axis", [-1, 1])
+@pytest.mark.parametrize("interior", [5, 100, 1e4])
+@pytest.mark.parametrize(
+    "border",
+    [(slice(0, 1), slice(None)), (slice(None), slice(-1, None)), (slice(0, 1), slice(0, 1))],
+    ids=["first row", "last column", "first position"],
+)
+def test_padding_with_zeros_costs_no_digits(border, interior, channel_axis):
+    """What frames an image, or starts a sequence, is often unlike all the rest."""
+    x = random((2, 56, 64, 16), 0, interior, 1)
+    x[:, *border] = 0
+    cotangent = random(x.shape, 1, 0, 1)
+    oracle = Oracle(x, 4)
+
+    def normalized(x):
+        y = jgn.group_norm(jnp.moveaxis(x, -1, channel_axis), 4, channel_axis=channel_axis)
+        return jnp.moveaxis(y, channel_axis, -1)
+
+    y, vjp = jax.vjp(jax.jit(normalized), x)
+    for actual, wanted in ((y, oracle.y), (vjp(cotangent)[0], oracle.gradients(cotangent).x)):
+        assert np.abs(actual - wanted).max() <= 5e-7 * np.abs(wanted).max()
 
 
 def test_float16_up_to_its_largest():
