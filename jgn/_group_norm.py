@@ -17,7 +17,17 @@ from jaxtyping import Bool, Num
 from jgn._axes import Axes, check_num_groups, resolve_axes
 from jgn._blocks import positions_of
 from jgn._groups import Groups
-from jgn._moments import MOMENTS, SUMS, Reduction, Shards, kept, mean, variance
+from jgn._moments import (
+    MOMENTS,
+    SUMS,
+    Reduction,
+    Shards,
+    is_constant,
+    kept,
+    mean,
+    variance,
+    zero_where,
+)
 from jgn._positions import is_on_one
 
 
@@ -204,9 +214,12 @@ def _normalize(
     positions = reduction.positions
     m, mean_shifted = reduction.moments(x, k, q, n)
     sigma_squared = variance(m, mean_shifted, q)
-    r = kept(_inverse_sqrt(sigma_squared + epsilon), MOMENTS)
+    constant = is_constant(m, sigma_squared)
+    r = kept(_inverse_sqrt(zero_where(constant, sigma_squared) + epsilon), MOMENTS)
 
-    pivot, rest = map(reduction.groups.once_a_group, mean(k, m, sigma_squared))
+    pivot, rest = mean(k, m, sigma_squared)
+    rest = zero_where(constant, rest)  # Then x − pivot = 0, and y = bias.
+    pivot, rest = map(reduction.groups.once_a_group, (pivot, rest))
     rest, a = reduction.to_channels(rest, r.astype(x.dtype))
     a = a if scale is None else a * scale
     b = -rest * a

@@ -31,8 +31,8 @@ STRIDE = 64
 SAMPLE = 32
 # The share of E[x²] that E[x²] − E[x]² must be for most of its digits not to be noise.
 SIGNIFICANT = 1e-4
-# (k − μ)² is at most STRIDE · σ². So a variance of fewer units in its last place than this is what
-# rounding has left of 0.
+# m² is at most STRIDE · σ². So what is left of E[d²] − m², if fewer units in the last place of m²
+# than this, is rounding.
 ROUNDED = 512
 # For a mean of fewer standard deviations from 0, a product of x rounds less than one of x − μ.
 NEAR_ZERO = 2
@@ -132,10 +132,19 @@ def kept(per_group: Array, name: str) -> Array:
 
 
 def variance(m: Array, mean_shifted: Array, q: Array) -> Array:
-    """σ² of every group: of equal elements 0, whatever the sums have rounded."""
-    square = _squared_magnitude(m)
-    value = kept((mean_shifted - square) + q, MOMENTS)
-    return _zero_where(value < ROUNDED * jnp.finfo(value.dtype).eps * square, value)
+    """σ² of every group, or what rounding makes of 0."""
+    return kept((mean_shifted - _squared_magnitude(m)) + q, MOMENTS)
+
+
+def is_constant(m: Array, variance: Array) -> Array:
+    """Whether the elements of a group are equal, so that its variance is only rounding."""
+    eps = jnp.finfo(variance.dtype).eps
+    return lax.stop_gradient(variance < ROUNDED * eps * _squared_magnitude(m))
+
+
+def zero_where(condition: Array, x: Array) -> Array:
+    """Sets values to 0, and leaves their derivatives."""
+    return x - lax.stop_gradient(jnp.where(condition, x, 0))
 
 
 def _significant_variance(mean: Array, mean_square: Array) -> Array:
@@ -147,18 +156,13 @@ def _significant_variance(mean: Array, mean_square: Array) -> Array:
 def mean(k: Array, m: Array, variance: Array) -> tuple[Array, Array]:
     """μ in two parts: a pivot, without a gradient, and what is left of μ.
 
-    The pivot is μ, rounded: x minus it is exact for x near μ. For μ near 0 it is 0: then x minus it
-    is exact for all x. In a group of equal elements it is their value, and what is left is 0.
+    The pivot is μ, rounded: x minus it is exact for x near μ, and 0 for x equal to it. For μ near 0
+    it is 0: then x minus it is exact for all x.
     """
     rounded = lax.stop_gradient(k + _rounded(m))
     near_zero = lax.stop_gradient(_squared_magnitude(rounded) < NEAR_ZERO**2 * variance)
     pivot = jnp.where(near_zero, 0, rounded)
-    return pivot, _zero_where(variance == 0, m - (pivot - k))
-
-
-def _zero_where(condition: Array, x: Array) -> Array:
-    """Sets values to 0, and leaves their derivatives."""
-    return x - lax.stop_gradient(jnp.where(condition, x, 0))
+    return pivot, m - (pivot - k)
 
 
 def _rounded(x: Array) -> Array:

@@ -28,8 +28,8 @@ class Mutant(NamedTuple):
     tests: tuple[str, ...]
 
 
-VARIANCE = "(mean_shifted - square) + q"
-CLAMPED = "_zero_where(value < ROUNDED * jnp.finfo(value.dtype).eps * square, value)"
+VARIANCE = "kept((mean_shifted - _squared_magnitude(m)) + q, MOMENTS)"
+CLAMPED = "zero_where(constant, sigma_squared)"
 SHARED = "        sums = self._over_groups(self.positions.sums(d, shifted))\n"
 
 MUTANTS = (
@@ -59,7 +59,7 @@ MUTANTS = (
         "the mean's square forgotten",
         "_moments.py",
         VARIANCE,
-        "mean_shifted + q",
+        "kept(mean_shifted + q, MOMENTS)",
         ("values",),
     ),
     Mutant(
@@ -160,7 +160,7 @@ MUTANTS = (
         "the shift of the squares not added to the variance",
         "_moments.py",
         VARIANCE,
-        "mean_shifted - square",
+        "kept(mean_shifted - _squared_magnitude(m), MOMENTS)",
         ("values",),
     ),
     Mutant(
@@ -235,16 +235,16 @@ MUTANTS = (
     ),
     Mutant(
         "missing clamp",
-        "_moments.py",
+        "_group_norm.py",
         CLAMPED,
-        "value",
+        "sigma_squared",
         ("groups",),
     ),
     Mutant(
         "a clamp that halves the derivative",
-        "_moments.py",
+        "_group_norm.py",
         CLAMPED,
-        "jnp.maximum(value, 0)",
+        "jnp.maximum(sigma_squared, 0)",
         ("derivatives",),
     ),
     Mutant(
@@ -262,10 +262,10 @@ MUTANTS = (
         ("values",),
     ),
     Mutant(
-        "a mean that is not left of equal elements by rounding",
-        "_moments.py",
-        "_zero_where(variance == 0, m - (pivot - k))",
-        "m - (pivot - k)",
+        "what rounding leaves of the mean of equal elements",
+        "_group_norm.py",
+        "    rest = zero_where(constant, rest)",
+        "    rest = rest",
         ("values",),
     ),
     Mutant(
@@ -323,7 +323,7 @@ MUTANTS = (
         "the mean's square without a gradient",
         "_moments.py",
         VARIANCE,
-        "(mean_shifted - lax.stop_gradient(square)) + q",
+        "(mean_shifted - _squared_magnitude(lax.stop_gradient(m))) + q",
         ("derivatives",),
     ),
     Mutant(

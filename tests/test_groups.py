@@ -12,7 +12,7 @@ from oracle import tolerance, unit_roundoff
 from jgn._axes import resolve_axes
 from jgn._blocks import positions_of
 from jgn._groups import Groups
-from jgn._moments import Reduction, Shards, mean, variance
+from jgn._moments import Reduction, Shards, is_constant, mean, variance
 
 # On a mesh a CPU sums as other backends do.
 PLACED = pytest.mark.parametrize("placed", [np.asarray, on_a_mesh])
@@ -188,22 +188,25 @@ def test_k_lies_near_the_mean_of_small_groups_too(shape, num_groups):
     assert np.abs(k).max() <= 4.5 / math.sqrt(32)
 
 
-def test_k_is_no_further_from_the_mean_than_a_sample_of_one_in_64_can_be():
-    """With an outlier in one of the sample's positions of a large group."""
+@pytest.mark.parametrize("one_in", [64, 2048])
+def test_k_is_no_further_from_the_mean_than_a_sample_of_one_in_64_can_be(one_in):
+    """With an outlier where a sample of one in so many would have it."""
     x = random((1, 64, 128, 8), mean=0, deviation=1)
     positions, groups = parts_of(x, 1)
-    row, column = np.argwhere(np.isin(x[0, ..., 0], positions.sample(jax.numpy.asarray(x), 64)))[0]
+    sampled = np.isin(x[0, ..., 0], positions.sample(jax.numpy.asarray(x), one_in))
+    row, column = np.argwhere(sampled)[0]
     x[:, row, column] = 1e5
     k, _ = Reduction(positions, groups, None, Shards(None, None)).shifts(jax.numpy.asarray(x))
     wide = x.astype(np.float64)
     assert (float(k.item()) - wide.mean()) ** 2 <= 64 * wide.var()
 
 
-def test_a_variance_that_rounding_puts_below_0_is_0():
-    """E[d²] = 1 − 2⁻²⁴, E[d] = 1."""
-    m, mean_square = np.float32(1), np.nextafter(np.float32(1), np.float32(0))
-    assert mean_square - m**2 < 0
-    assert variance(m, mean_square, 0) == 0
+def test_a_variance_that_is_only_rounding_is_that_of_equal_elements():
+    """E[d²] = 1 ± 2⁻²⁴, E[d] = 1; and what no equal elements have, with a mean 8 σ from k."""
+    m = np.float32(1)
+    for towards in (0, 2):
+        assert is_constant(m, variance(m, np.nextafter(m, np.float32(towards)), 0))
+    assert not is_constant(m, variance(m, np.float32(1 + 1 / 64), 0))
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="other devices sum in trees")
