@@ -213,11 +213,12 @@ def _normalize(
     """y = scale · (x − μ) / √(σ² + ε) + bias = (x − pivot) · a + b."""
     positions = reduction.positions
     m, mean_shifted = reduction.moments(x, k, q, n)
-    sigma_squared = variance(m, mean_shifted, q)
-    constant = is_constant(m, sigma_squared)
-    r = kept(_inverse_sqrt(zero_where(constant, sigma_squared) + epsilon), MOMENTS)
+    measured = variance(m, mean_shifted, q)
+    constant = is_constant(m, measured)
+    sigma_squared = zero_where(constant, measured)
+    r = kept(_inverse_sqrt(sigma_squared + epsilon), MOMENTS)
 
-    pivot, rest = mean(k, m, sigma_squared)
+    pivot, rest = mean(k, m, measured)
     rest = zero_where(constant, rest)  # Then x − pivot = 0, and y = bias.
     pivot, rest = map(reduction.groups.once_a_group, (pivot, rest))
     rest, a = reduction.to_channels(rest, r.astype(x.dtype))

@@ -29,7 +29,7 @@ class Mutant(NamedTuple):
 
 
 VARIANCE = "kept((mean_shifted - _squared_magnitude(m)) + q, MOMENTS)"
-CLAMPED = "zero_where(constant, sigma_squared)"
+CLAMPED = "zero_where(constant, measured)"
 SHARED = "        sums = self._over_groups(self.positions.sums(d, shifted))\n"
 
 MUTANTS = (
@@ -237,14 +237,14 @@ MUTANTS = (
         "missing clamp",
         "_group_norm.py",
         CLAMPED,
-        "sigma_squared",
+        "measured",
         ("groups",),
     ),
     Mutant(
         "a clamp that halves the derivative",
         "_group_norm.py",
         CLAMPED,
-        "jnp.maximum(sigma_squared, 0)",
+        "jnp.maximum(measured, 0)",
         ("derivatives",),
     ),
     Mutant(
