@@ -238,7 +238,7 @@ MUTANTS = (
         "_group_norm.py",
         CLAMPED,
         "measured",
-        ("groups",),
+        ("values",),
     ),
     Mutant(
         "a clamp that halves the derivative",

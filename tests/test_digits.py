@@ -56,6 +56,9 @@ def command(out, **changes):
     return [sys.executable, "-m", "jgn.examples.digits", "--out", str(out), *options]
 
 
+NEEDS_TWO_DEVICES = pytest.mark.skipif(
+    jax.device_count() < 2, reason="needs two devices; a CPU simulates them, see conftest.py"
+)
 # A process of its own must not inherit the eight devices of the other tests.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
 
@@ -185,6 +188,7 @@ def test_a_finished_run_stays_as_it_is(uninterrupted):
     assert contents(uninterrupted / "checkpoints") == before
 
 
+@NEEDS_TWO_DEVICES
 def test_on_two_devices_it_learns_the_same_and_goes_on_with_one(tmp_path, uninterrupted):
     out = tmp_path / "run"
     stop(out, 2, signal.SIGKILL, devices=2)
@@ -197,6 +201,7 @@ def test_on_two_devices_it_learns_the_same_and_goes_on_with_one(tmp_path, uninte
     np.testing.assert_allclose(*losses, rtol=1e-3)
 
 
+@NEEDS_TWO_DEVICES
 def test_the_batch_is_split_over_as_many_devices_as_asked_for():
     program = (
         "from jgn.examples.digits.__main__ import _parser, _shardings\n"
