@@ -139,7 +139,7 @@ def variance(m: Array, mean_shifted: Array, q: Array) -> Array:
 def is_constant(m: Array, variance: Array) -> Array:
     """Whether the elements of a group are equal, so that its variance is only rounding."""
     eps = jnp.finfo(variance.dtype).eps
-    return lax.stop_gradient(variance < ROUNDED * eps * _squared_magnitude(m))
+    return lax.stop_gradient(variance <= ROUNDED * eps * _squared_magnitude(m))
 
 
 def zero_where(condition: Array, x: Array) -> Array:
