@@ -65,7 +65,7 @@ class Run:
         """Keeps the state after an epoch; until that is done, the one before stays the newest."""
         epoch = len(finished.history)
         arrays = _arrays(finished.state)
-        progress = {"history": finished.history, "digest": _digest(arrays)}
+        progress = {"history": finished.history, "digest": _digest(finished.history, arrays)}
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(progress)
         )
@@ -90,10 +90,11 @@ class Run:
             with _silencing_other_threads():
                 restored = self._manager.restore(epoch, args=items)
             arrays, progress = restored["state"], restored["progress"]
-            if progress["digest"] != _digest(arrays):
-                raise ValueError("its digest is not that of its arrays")
+            history = progress["history"]
+            if progress["digest"] != _digest(history, arrays):
+                raise ValueError("its digest is not that of its content")
             restored_state: Any = serialization.from_state_dict(state, arrays)
-            return Finished(restored_state, progress["history"])
+            return Finished(restored_state, history)
         except Exception as error:  # Whatever was damaged decides the type.
             raise RunError(self._damaged(epoch, _first_line(error))) from error
 
@@ -156,8 +157,8 @@ def _arrays(state: State) -> Any:
     return jax.tree.map(np.asarray, serialization.to_state_dict(jax.device_get(state)))
 
 
-def _digest(arrays: Any) -> str:
-    digest = hashlib.sha256()
+def _digest(history: list[dict[str, float]], arrays: Any) -> str:
+    digest = hashlib.sha256(json.dumps(history).encode())
     for path, array in jax.tree.leaves_with_path(arrays):
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
