@@ -103,7 +103,7 @@ class Positions:
         return type(self)(x, self._axes)
 
     def sample(self, x: Array, one_in: int) -> Array:
-        """At least one in so many positions of x, evenly spaced, and not from its borders."""
+        """At least one in so many positions of x, evenly spaced along its axes."""
         # Slices of an explicitly sharded axis must divide evenly.
         axes = [a for a in self._axes.spatial if partitions(jax.typeof(x).sharding, a) == 1]
         slices = [slice(0, size, 1) for size in x.shape]
@@ -142,19 +142,19 @@ def _devices(x: Array) -> int:
 
 
 def _evenly_spaced(size: int, one_in: int, x: Array) -> slice:
-    """At least one in so many of an axis, with as much before the first as after the last."""
+    """At least one in so many of an axis; on one device, as far from one end as from the other."""
     if not isinstance(size, int):
         return slice(0, size, one_in)  # A symbolic size is not known to be small.
     devices = _devices(x)
-    if devices == 1 or size <= one_in:
+    if devices == 1:
         number = math.ceil(size / one_in)
         stride = size // number
         start = (size - 1 - (number - 1) * stride) // 2
         return slice(start, start + (number - 1) * stride + 1, stride)
-    # Strides that divide what each device has of an axis move nothing between devices.
+    # From the first on, strides that divide what each device has move nothing between devices.
     on_each = size // devices if size % devices == 0 else 1
-    stride = max(stride for stride in range(1, one_in + 1) if on_each % stride == 0)
-    return slice(0, size, stride)
+    divisors = [stride for stride in range(1, one_in + 1) if on_each % stride == 0]
+    return slice(0, size, size if size <= one_in else max(divisors))
 
 
 def partitions(sharding: NamedSharding, axis: int) -> int:
