@@ -296,7 +296,6 @@ def test_no_placement_of_outliers_breaks_the_bound_on_the_variance(channel_axis)
     assert (np.abs(naive - wanted).max((1, 2, 3)) / scale).max() > bound, "one element is no pivot"
 
 
-@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("channel_axis", [-1, 1])
 @pytest.mark.parametrize("interior", [5, 100, 1e4])
 @pytest.mark.parametrize(
@@ -305,7 +304,11 @@ def test_no_placement_of_outliers_breaks_the_bound_on_the_variance(channel_axis)
     ids=["first row", "last column", "first position"],
 )
 def test_padding_with_zeros_costs_no_digits(border, interior, channel_axis):
-    """What frames an image, or starts a sequence, is often unlike all the rest."""
+    """What frames an image, or starts a sequence, is often unlike all the rest.
+
+    In the form of this device alone: a GPU's sums are trees, which a CPU would take term by term,
+    and of 3,584 terms after one of 10⁸ little is left.
+    """
     x = random((2, 56, 64, 16), 0, interior, 1)
     x[:, *border] = 0
     cotangent = random(x.shape, 1, 0, 1)
