@@ -19,8 +19,10 @@ from jgn._positions import Positions, is_on_one
 # XLA:CPU unrolls a sum of so few elements; much smaller blocks leave too much for the next sums.
 LARGEST_BLOCK = 20
 SMALLEST_BLOCK = 5
-# What is left after blocks of so many positions in all is summed as it is.
+# After blocks of so many positions in all, what is left is summed as it is,
 ENOUGH = 64
+# if it is not more than so many positions: a longer sum would round too much.
+LONGEST = 256
 # Of so few equal elements one sum is near enough to their multiple.
 FEW = 128
 # How many neighbours in memory a vectorized loop needs. Where they are positions, a block has
@@ -116,7 +118,7 @@ def _blocks(shape: Sequence[int], spatial: Sequence[int]) -> list[Block]:
     sizes = {axis: shape[axis] for axis in spatial if isinstance(shape[axis], int)}  # Not symbolic.
     strides = {axis: NEIGHBOURS if axis == len(shape) - 1 else 1 for axis in sizes}
     blocks: list[Block] = []
-    while math.prod(block.size for block in blocks) < ENOUGH:
+    while math.prod(block.size for block in blocks) < ENOUGH or math.prod(sizes.values()) > LONGEST:
         possible = [
             (number, axis)
             for axis, size in sizes.items()

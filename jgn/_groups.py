@@ -1,6 +1,7 @@
 """Sums over the channels of a group, and their way back to the channels."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,16 +33,15 @@ class Groups:
     def __init__(self, x: Array, axes: Axes, num_groups: int):
         self._num_groups = num_groups
         self.size = x.shape[axes.channel] // num_groups
-        self._broadcast_themselves = self.size == 1 or num_groups == 1
         in_the_innermost_loop = axes.channel == x.ndim - 1
-        on_one_cpu = is_on_one("cpu", x)
+        self._on_one_cpu = is_on_one("cpu", x)
         self._multiplies = (
-            on_one_cpu
+            self._on_one_cpu
             and in_the_innermost_loop
             and self.size % LANES != 0
-            and not self._broadcast_themselves
+            and 1 not in (self.size, num_groups)
         )
-        self._broadcasts_on_a_cpu = on_one_cpu and not self._multiplies
+        self._broadcasts_on_a_cpu = self._on_one_cpu and not self._multiplies
         self._factors = _factors(self.size) if self._broadcasts_on_a_cpu else (self.size,)
         sharding = jax.typeof(x).sharding
         self._channel_sharding = sharding.spec[axes.channel]
@@ -52,7 +52,7 @@ class Groups:
         if self.size == 1:
             return per_channel
         if self._num_groups == 1:
-            return per_channel.sum(-1, keepdims=True)
+            return _apart(lambda x: x.sum(-1, keepdims=True), per_channel)
         if self._span_devices:
             per_channel = _reshard_last(per_channel, None)
         grouped = per_channel.reshape(*per_channel.shape[:-1], self._num_groups, *self._factors)
@@ -62,8 +62,11 @@ class Groups:
 
     def spread(self, per_group: Array) -> Array:
         """Gives every channel its group's value."""
-        if self._broadcast_themselves:
+        if self.size == 1:
             return per_group
+        if self._num_groups == 1:
+            pair_on_a_cpu = self._on_one_cpu and jnp.iscomplexobj(per_group)
+            return _apart(self._to_all_channels, per_group) if pair_on_a_cpu else per_group
         if self._multiplies:
             two_columns = jnp.stack([per_group, jnp.zeros_like(per_group)], axis=-1)
             grouped = _matmul(two_columns, _first_of_two(self.size, per_group.dtype), 1)
@@ -85,6 +88,21 @@ class Groups:
         if not self._broadcasts_on_a_cpu or jnp.iscomplexobj(per_group):
             return per_group
         return lax.rem(per_group, jnp.full_like(per_group, jnp.inf))
+
+    def _to_all_channels(self, of_one_group: Array) -> Array:
+        return jnp.broadcast_to(of_one_group, (*of_one_group.shape[:-1], self.size))
+
+
+def _apart(function: Callable[[Array], Array], x: Array) -> Array:
+    """Applies a linear function apart from those before it: to i·x, divided by i, for complex x.
+
+    Of a sum over positions and one over all channels XLA:CPU would make one long sum of pairs,
+    which rounds more.
+    """
+    if not jnp.iscomplexobj(x):
+        return function(x)
+    turned = function(lax.complex(-x.imag, x.real))
+    return lax.complex(turned.imag, -turned.real)
 
 
 def _factors(size: int) -> tuple[int, ...]:

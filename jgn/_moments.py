@@ -23,7 +23,7 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jgn._groups import Groups
-from jgn._positions import Positions, is_on_one
+from jgn._positions import Positions, by_parts, is_on_one
 
 # One position in so many decides k and q: 2 % of a pass over x, and an error of at most 129 u.
 STRIDE = 64
@@ -126,9 +126,7 @@ class Reduction(NamedTuple):
 
 def kept(per_group: Array, name: str) -> Array:
     """Names it for `jax.checkpoint`; by parts, as that fails on complex values."""
-    if jnp.iscomplexobj(per_group):
-        return lax.complex(kept(per_group.real, name), kept(per_group.imag, name))
-    return checkpoint_name(per_group, name)
+    return by_parts(lambda part: checkpoint_name(part, name), per_group)
 
 
 def variance(m: Array, mean_shifted: Array, q: Array) -> Array:
@@ -171,10 +169,8 @@ def _rounded(x: Array) -> Array:
     Of two loops that want it XLA could contract the product that leads to it into a following sum
     in the one, and not in the other. Then they differ by an ulp of μ, where μ must cancel.
     """
-    if jnp.iscomplexobj(x):
-        return lax.complex(_rounded(x.real), _rounded(x.imag))
     largest = jnp.finfo(x.dtype).max
-    return jnp.maximum(jnp.minimum(x, largest), -largest)
+    return by_parts(lambda part: jnp.maximum(jnp.minimum(part, largest), -largest), x)
 
 
 def _squared_magnitude(d: Array) -> Array:

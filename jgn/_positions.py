@@ -1,7 +1,7 @@
 """Sums over all positions, two at a time, and the way back to the positions."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -36,6 +36,7 @@ class Positions:
     def __init__(self, x: Array, axes: Axes):
         self._shape = x.shape
         self._axes = axes
+        self._on_one_cpu = is_on_one("cpu", x)
         self._in_parts = _in_parts(x.shape, axes) if is_on_one("gpu", x) else None
 
     @property
@@ -51,19 +52,23 @@ class Positions:
 
     def sum(self, x: Array) -> Array:
         """Σx over all positions, (*batch, channels)."""
-        return self.parts(self.sums(x, x))[0] if self._in_parts else self._sum_at_once(x)
+        if self._in_parts:
+            return self.parts(self.sums(x, x))[0]
+        return by_parts(self._sum_at_once, x)
 
     def sums(self, u: Array, v: Array) -> Array:
         """The pair of Σu and Σv over all positions, (*batch, channels)."""
         if not self._in_parts:
-            return self.pair(self._sum_at_once(u), self._sum_at_once(v))
+            return self.pair(*(by_parts(self._sum_at_once, x) for x in (u, v)))
         return self.pair(*(x.reshape(self._in_parts).sum(-2) for x in (u, v))).sum(-2)
 
     def spread(self, pair: Array) -> tuple[Array, Array]:
         """Gives every position the two values of its channel; the transpose of `sums`."""
         if not self._in_parts:
             u, v = map(self.along, self.parts(pair))
-            return u, v  # They broadcast by themselves.
+            if self._on_one_cpu:  # Else they broadcast by themselves.
+                u, v = (by_parts(self._to_all_positions, x) for x in (u, v))
+            return u, v
         *batch, number, _, channels = self._in_parts
         pair = jnp.broadcast_to(pair, (2, *batch, channels))
         pair = jnp.broadcast_to(pair[..., None, :], (2, *batch, number, channels))
@@ -115,9 +120,19 @@ class Positions:
             one_in //= slices[axis].step
         return lax.slice(x, *zip(*((s.start, s.stop, s.step) for s in slices), strict=True))
 
+    def _to_all_positions(self, values: Array) -> Array:
+        return jnp.broadcast_to(values, self._shape)
+
     def _sum_at_once(self, x: Array) -> Array:
         channel = sum(axis < self._axes.channel for axis in self._axes.batch)
         return jnp.moveaxis(x.sum(self._axes.spatial), channel, -1)
+
+
+def by_parts(function: Callable[[Array], Array], x: Array) -> Array:
+    """Applies a function of real arrays to the real and to the imaginary part."""
+    if jnp.iscomplexobj(x):
+        return lax.complex(function(x.real), function(x.imag))
+    return function(x)
 
 
 def _stacked(*values: Array) -> Array:

@@ -72,6 +72,9 @@ def calls(draw, dtypes=DTYPES):
     seed = draw(st.integers(0, 2**32 - 1))
     generator = np.random.default_rng(seed)
     x = random(sizes, seed, draw(st.sampled_from([0, 1, 30])), 1, draw(st.sampled_from(dtypes)))
+    share = draw(st.sampled_from([None, None, 0.02, 0.5]))
+    if share and x.size:  # Two values: terms of a sum that are equal round alike.
+        x = np.where(generator.random(sizes) < share, *generator.choice(x.reshape(-1), 2))
     rows = (*batch_shape(tuple(sizes), **options), size)
     for name in ("scale", "bias"):
         owners = draw(st.sampled_from([None, (size,), rows]))
