@@ -30,7 +30,7 @@ class Positions:
     sums over up to 4,096 positions, of a few channels at a time, which for most inputs leaves most
     multiprocessors idle. So on a GPU, where channels are innermost, the positions are summed in
     parts first. (Of two sums that follow each other XLA would make one again; of pairs it does
-    not.)
+    not.) XLA:CPU sums complex numbers one by one, which rounds more: they are summed by parts.
     """
 
     def __init__(self, x: Array, axes: Axes):
@@ -66,9 +66,9 @@ class Positions:
         """Gives every position the two values of its channel; the transpose of `sums`."""
         if not self._in_parts:
             u, v = map(self.along, self.parts(pair))
-            if self._on_one_cpu:  # Else they broadcast by themselves.
+            if self._on_one_cpu:
                 u, v = (by_parts(self._to_all_positions, x) for x in (u, v))
-            return u, v
+            return u, v  # Elsewhere they broadcast by themselves.
         *batch, number, _, channels = self._in_parts
         pair = jnp.broadcast_to(pair, (2, *batch, channels))
         pair = jnp.broadcast_to(pair[..., None, :], (2, *batch, number, channels))
