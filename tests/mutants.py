@@ -222,8 +222,8 @@ MUTANTS = (
     Mutant(
         "numbers near the mean rounded as each loop likes",
         "_moments.py",
-        "jnp.maximum(jnp.minimum(x, largest), -largest)",
-        "x",
+        "jnp.maximum(jnp.minimum(part, largest), -largest)",
+        "part",
         ("derivatives",),
     ),
     Mutant(
