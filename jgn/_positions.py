@@ -30,13 +30,12 @@ class Positions:
     sums over up to 4,096 positions, of a few channels at a time, which for most inputs leaves most
     multiprocessors idle. So on a GPU, where channels are innermost, the positions are summed in
     parts first. (Of two sums that follow each other XLA would make one again; of pairs it does
-    not.) XLA:CPU sums complex numbers one by one, which rounds more: they are summed by parts.
+    not.)
     """
 
     def __init__(self, x: Array, axes: Axes):
         self._shape = x.shape
         self._axes = axes
-        self._on_one_cpu = is_on_one("cpu", x)
         self._in_parts = _in_parts(x.shape, axes) if is_on_one("gpu", x) else None
 
     @property
@@ -52,23 +51,19 @@ class Positions:
 
     def sum(self, x: Array) -> Array:
         """Σx over all positions, (*batch, channels)."""
-        if self._in_parts:
-            return self.parts(self.sums(x, x))[0]
-        return by_parts(self._sum_at_once, x)
+        return self.parts(self.sums(x, x))[0] if self._in_parts else self._sum_at_once(x)
 
     def sums(self, u: Array, v: Array) -> Array:
         """The pair of Σu and Σv over all positions, (*batch, channels)."""
         if not self._in_parts:
-            return self.pair(*(by_parts(self._sum_at_once, x) for x in (u, v)))
+            return self.pair(self._sum_at_once(u), self._sum_at_once(v))
         return self.pair(*(x.reshape(self._in_parts).sum(-2) for x in (u, v))).sum(-2)
 
     def spread(self, pair: Array) -> tuple[Array, Array]:
         """Gives every position the two values of its channel; the transpose of `sums`."""
         if not self._in_parts:
             u, v = map(self.along, self.parts(pair))
-            if self._on_one_cpu:
-                u, v = (by_parts(self._to_all_positions, x) for x in (u, v))
-            return u, v  # Elsewhere they broadcast by themselves.
+            return u, v  # They broadcast by themselves.
         *batch, number, _, channels = self._in_parts
         pair = jnp.broadcast_to(pair, (2, *batch, channels))
         pair = jnp.broadcast_to(pair[..., None, :], (2, *batch, number, channels))
@@ -119,9 +114,6 @@ class Positions:
             slices[axis] = _evenly_spaced(x.shape[axis], max(1, one_in // along_last), x)
             one_in //= slices[axis].step
         return lax.slice(x, *zip(*((s.start, s.stop, s.step) for s in slices), strict=True))
-
-    def _to_all_positions(self, values: Array) -> Array:
-        return jnp.broadcast_to(values, self._shape)
 
     def _sum_at_once(self, x: Array) -> Array:
         channel = sum(axis < self._axes.channel for axis in self._axes.batch)

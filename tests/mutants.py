@@ -553,16 +553,16 @@ MUTANTS = (
     ),
     Mutant(
         "complex numbers summed as they are",
-        "_positions.py",
-        "self.pair(*(by_parts(self._sum_at_once, x) for x in (u, v)))",
-        "self.pair(*map(self._sum_at_once, (u, v)))",
+        "_blocks.py",
+        "ComplexPositions(x, axes) if jnp.iscomplexobj(x) else PositionsInBlocks(x, axes)",
+        "Positions(x, axes) if jnp.iscomplexobj(x) else PositionsInBlocks(x, axes)",
         ("values",),
     ),
     Mutant(
-        "complex cotangents summed as they are",
-        "_positions.py",
-        "(by_parts(self._to_all_positions, x) for x in (u, v))",
-        "map(self._to_all_positions, (u, v))",
+        "imaginary parts spread as real ones",
+        "_blocks.py",
+        "        u, v = map(lax.complex, real, imag)\n",
+        "        u, v = map(lax.complex, real, real)\n",
         ("values",),
     ),
     Mutant(
