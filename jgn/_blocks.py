@@ -128,20 +128,12 @@ class ComplexPositions(Positions):
         return by_parts(self._of_a_part.sum, x)
 
     def sums(self, u: Array, v: Array) -> Array:
-        real, imag = (
-            self._of_a_part.parts(self._of_a_part.sums(*parts))
-            for parts in ((u.real, v.real), (u.imag, v.imag))
-        )
-        return self.pair(*map(lax.complex, real, imag))
+        part = self._of_a_part
+        return self.pair(*by_parts(lambda u, v: part.parts(part.sums(u, v)), u, v))
 
     def spread(self, pair: Array) -> tuple[Array, Array]:
-        u, v = self.parts(pair)
-        real, imag = (
-            self._of_a_part.spread(self._of_a_part.pair(*parts))
-            for parts in ((u.real, v.real), (u.imag, v.imag))
-        )
-        u, v = map(lax.complex, real, imag)
-        return u, v
+        part = self._of_a_part
+        return by_parts(lambda u, v: part.spread(part.pair(u, v)), *self.parts(pair))
 
 
 def _blocks(shape: Sequence[int], spatial: Sequence[int]) -> list[Block]:

@@ -120,11 +120,12 @@ class Positions:
         return jnp.moveaxis(x.sum(self._axes.spatial), channel, -1)
 
 
-def by_parts(function: Callable[[Array], Array], x: Array) -> Array:
-    """Applies a function of real arrays to the real and to the imaginary part."""
-    if jnp.iscomplexobj(x):
-        return lax.complex(function(x.real), function(x.imag))
-    return function(x)
+def by_parts(function: Callable[..., Any], *arrays: Array) -> Any:
+    """Applies a function of real arrays to the real and to the imaginary parts."""
+    if not jnp.iscomplexobj(arrays[0]):
+        return function(*arrays)
+    real, imag = function(*(x.real for x in arrays)), function(*(x.imag for x in arrays))
+    return jax.tree.map(lax.complex, real, imag)
 
 
 def _stacked(*values: Array) -> Array:

@@ -559,10 +559,10 @@ MUTANTS = (
         ("values",),
     ),
     Mutant(
-        "imaginary parts spread as real ones",
-        "_blocks.py",
-        "        u, v = map(lax.complex, real, imag)\n",
-        "        u, v = map(lax.complex, real, real)\n",
+        "imaginary parts taken for real ones",
+        "_positions.py",
+        "function(*(x.imag for x in arrays))",
+        "function(*(x.real for x in arrays))",
         ("values",),
     ),
     Mutant(
