@@ -7,7 +7,7 @@ first of these sums is the only one over an array of x's size.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -18,11 +18,14 @@ from jgn._positions import Positions, by_parts, is_on_one
 
 # XLA:CPU unrolls a sum of so few elements; much smaller blocks leave too much for the next sums.
 LARGEST_BLOCK = 20
+# The loop over padded blocks has a branch for each of their positions: vectorized up to so many.
+LARGEST_PADDED_BLOCK = 13
 SMALLEST_BLOCK = 5
 # After blocks of so many positions in all, what is left is summed as it is,
 ENOUGH = 64
-# if it is not more than so many positions: a longer sum would round too much.
-LONGEST = 256
+# if it is not more than so many positions along one axis, or along several: a longer sum would
+# round too much. XLA:CPU sums 32 after 32 along one axis, but term by term along several.
+LONGEST, LONGEST_OF_SEVERAL = 256, 64
 # Of so few equal elements one sum is near enough to their multiple.
 FEW = 128
 # How many neighbours in memory a vectorized loop needs. Where they are positions, a block has
@@ -38,29 +41,50 @@ def positions_of(x: Array, axes: Axes) -> Positions:
 
 
 class Block(NamedTuple):
-    """Along an axis, how many positions are summed at once, and how far apart these are."""
+    """Along an axis of so many positions, how many are summed at once, and how far apart these are.
+
+    What the last block lacks is padding.
+    """
 
     axis: int
+    positions: int
     size: int
     stride: int
 
+    @property
+    def left(self) -> int:
+        """How many positions there are after it."""
+        return self.stride * math.ceil(self.positions / (self.size * self.stride))
+
+    @property
+    def padding(self) -> int:
+        """How many positions the last block lacks."""
+        return self.left * self.size - self.positions
+
     def sum(self, x: Array) -> Array:
         """Sums the blocks of x."""
-        before, size, after = self._around(x)
-        split = (size // (self.size * self.stride), self.size, self.stride)
-        summed = x.reshape(*before, *split, *after).sum(self.axis + 1)
-        return summed.reshape(*before, size // self.size, *after)
+        before, after = x.shape[: self.axis], x.shape[self.axis + 1 :]
+        padded = self._padded(x) if self.padding else x
+        split = (self.left // self.stride, self.size, self.stride)
+        summed = padded.reshape(*before, *split, *after).sum(self.axis + 1)
+        return summed.reshape(*before, self.left, *after)
 
     def spread(self, x: Array) -> Array:
         """Repeats the elements of x as many times as `sum` adds up; its transpose."""
-        before, size, after = self._around(x)
-        split = (size // self.stride, 1, self.stride)
-        shape = (*before, split[0], self.size, self.stride, *after)
-        repeated = jnp.broadcast_to(x.reshape(*before, *split, *after), shape)
-        return repeated.reshape(*before, size * self.size, *after)
+        before, after = x.shape[: self.axis], x.shape[self.axis + 1 :]
+        number = self.left // self.stride
+        shape = (*before, number, self.size, self.stride, *after)
+        repeated = jnp.broadcast_to(x.reshape(*before, number, 1, self.stride, *after), shape)
+        padded = repeated.reshape(*before, self.left * self.size, *after)
+        return self._cut(padded) if self.padding else padded
 
-    def _around(self, x: Array) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
-        return x.shape[: self.axis], x.shape[self.axis], x.shape[self.axis + 1 :]
+    # By parts, as XLA:CPU does not vectorize a loop that pads complex numbers.
+    def _padded(self, x: Array) -> Array:
+        behind = [(0, self.padding if axis == self.axis else 0, 0) for axis in range(x.ndim)]
+        return by_parts(lambda part: lax.pad(part, jnp.zeros((), part.dtype), behind), x)
+
+    def _cut(self, x: Array) -> Array:
+        return by_parts(lambda part: lax.slice_in_dim(part, 0, self.positions, axis=self.axis), x)
 
 
 class PositionsInBlocks(Positions):
@@ -93,7 +117,7 @@ class PositionsInBlocks(Positions):
             return super().spread(pair)
         shape = list(self._shape)
         for block in self._blocks:
-            shape[block.axis] //= block.size
+            shape[block.axis] = block.left
         both = jnp.broadcast_to(self.along(pair), shape)
         for block in reversed(self._blocks):
             both = block.spread(lax.conj(both))
@@ -105,6 +129,10 @@ class PositionsInBlocks(Positions):
     def parts(self, pair: Array) -> tuple[Array, Array]:
         both = self._as_after_the_blocks(pair)
         return both.real, both.imag
+
+    @property
+    def in_branches(self) -> bool:
+        return any(block.padding for block in self._blocks)
 
     def once_a_channel(self, *values: Array) -> Sequence[Array]:
         return values  # They go a way of several steps, the first of which does that.
@@ -139,18 +167,46 @@ class ComplexPositions(Positions):
 def _blocks(shape: Sequence[int], spatial: Sequence[int]) -> list[Block]:
     """The blocks to sum, in this order; none if the largest possible would be too small."""
     sizes = {axis: shape[axis] for axis in spatial if isinstance(shape[axis], int)}  # Not symbolic.
-    strides = {axis: NEIGHBOURS if axis == len(shape) - 1 else 1 for axis in sizes}
+    neighbours = len(shape) - 1
+    strides = {axis: NEIGHBOURS if axis == neighbours else 1 for axis in sizes}
     blocks: list[Block] = []
-    while math.prod(block.size for block in blocks) < ENOUGH or math.prod(sizes.values()) > LONGEST:
-        possible = [
-            (number, axis)
-            for axis, size in sizes.items()
-            for number in range(2, LARGEST_BLOCK + 1)
-            if size % (number * strides[axis]) == 0
-        ]
-        if not possible:
+    while math.prod(block.size for block in blocks) < ENOUGH or _is_long(sizes.values()):
+        block = _largest_whole(sizes, strides, 2 if blocks else SMALLEST_BLOCK)
+        # Where neighbours are positions, what has branches is not faster than plain sums.
+        may_pad = neighbours not in spatial and (not blocks or _is_long(sizes.values()))
+        if block is None and may_pad:
+            block = _best_padded(sizes)
+        if block is None:
             break
-        number, axis = max(possible)
-        blocks.append(Block(axis, number, strides[axis]))
-        sizes[axis] //= number
-    return blocks if blocks and blocks[0].size >= SMALLEST_BLOCK else []
+        blocks.append(block)
+        sizes[block.axis] = block.left
+    return blocks
+
+
+def _is_long(sizes: Collection[int]) -> bool:
+    several = sum(size > 1 for size in sizes) > 1
+    return math.prod(sizes) > (LONGEST_OF_SEVERAL if several else LONGEST)
+
+
+def _largest_whole(sizes: dict[int, int], strides: dict[int, int], smallest: int) -> Block | None:
+    """The largest blocks that need no padding."""
+    possible = [
+        Block(axis, positions, size, strides[axis])
+        for axis, positions in sizes.items()
+        for size in range(smallest, LARGEST_BLOCK + 1)
+        if positions % (size * strides[axis]) == 0
+    ]
+    return max(possible, key=lambda block: (block.size, block.axis), default=None)
+
+
+def _best_padded(sizes: dict[int, int]) -> Block | None:
+    """The blocks that take least to sum, with their padding and what they leave."""
+    possible = [
+        Block(axis, positions, size, 1)
+        for axis, positions in sizes.items()
+        for size in range(SMALLEST_BLOCK, LARGEST_PADDED_BLOCK + 1)
+        if size < positions
+    ]
+    if not possible:
+        return None
+    return min(possible, key=lambda b: (b.left * (b.size + 1) / b.positions, -b.axis))

@@ -172,9 +172,9 @@ def _group_norm(
 
     # The identity holds for every k and q, so without their gradients no derivative changes.
     constant = widened(lax.stop_gradient(x))
-    reduction = Reduction(
-        positions_of(constant, axes), Groups(constant, axes, num_groups), mask, shards
-    )
+    positions = positions_of(constant, axes)
+    groups = Groups(constant, axes, num_groups, positions)
+    reduction = Reduction(positions, groups, mask, shards)
     (k, q), n = reduction.shifts(constant), reduction.number(constant)
     residuals = MOMENTS if is_on_one("cpu", constant) else SUMS
 

@@ -11,7 +11,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from jgn._axes import Axes
-from jgn._positions import is_on_one, partitions
+from jgn._positions import Positions, is_on_one, partitions
 
 # How many elements a vectorized loop of XLA:CPU takes at once. A plain broadcast from groups to
 # channels is fused into the loop over x, which for groups of another size divides an index for each
@@ -30,17 +30,14 @@ class Groups:
     product with the transpose.
     """
 
-    def __init__(self, x: Array, axes: Axes, num_groups: int):
+    def __init__(self, x: Array, axes: Axes, num_groups: int, positions: Positions):
         self._num_groups = num_groups
         self.size = x.shape[axes.channel] // num_groups
         in_the_innermost_loop = axes.channel == x.ndim - 1
         self._on_one_cpu = is_on_one("cpu", x)
-        self._multiplies = (
-            self._on_one_cpu
-            and in_the_innermost_loop
-            and self.size % LANES != 0
-            and 1 not in (self.size, num_groups)
-        )
+        # A branch around a value that all of a loop's iterations share keeps it from vectorizing.
+        dear = positions.in_branches if num_groups == 1 else self.size % LANES != 0
+        self._multiplies = self._on_one_cpu and in_the_innermost_loop and dear and self.size != 1
         self._broadcasts_on_a_cpu = self._on_one_cpu and not self._multiplies
         self._factors = _factors(self.size) if self._broadcasts_on_a_cpu else (self.size,)
         sharding = jax.typeof(x).sharding
@@ -64,7 +61,7 @@ class Groups:
         """Gives every channel its group's value."""
         if self.size == 1:
             return per_group
-        if self._num_groups == 1:
+        if self._num_groups == 1 and not self._multiplies:
             pair_on_a_cpu = self._on_one_cpu and jnp.iscomplexobj(per_group)
             return _apart(self._to_all_channels, per_group) if pair_on_a_cpu else per_group
         if self._multiplies:

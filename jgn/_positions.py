@@ -42,6 +42,11 @@ class Positions:
     def number(self) -> int:
         return math.prod(self._shape[axis] for axis in self._axes.spatial)
 
+    @property
+    def in_branches(self) -> bool:
+        """Whether the loops that sum over them have branches."""
+        return False
+
     def count(self, mask: Array, dtype: Any) -> Array:
         """How many positions are True in a mask of x's rank, (*batch, channels)."""
         repeated = (axis for axis in self._axes.spatial if mask.shape[axis] == 1)

@@ -30,10 +30,15 @@ CASES = [
     ((2, 400, 6), 3, {}),
     ((2, 6, 160), 3, {"channel_axis": 1}),
     ((2, 6, 40, 640), 3, {"channel_axis": 1}),
-    # Groups of a multiple of 8 channels: in one block, in blocks of blocks, and without blocks.
+    # Groups of a multiple of 8 channels: in one block, in blocks of blocks, and in 3 blocks of 8,
+    # the last of which lacks one.
     ((2, 5, 4, 24), 3, {}),
     ((2, 400, 32), 2, {}),
     ((3, 23, 16), 2, {}),
+    # Such blocks of such blocks; of one group; and none, where they would be of neighbours.
+    ((2, 31, 23, 6), 3, {}),
+    ((3, 37, 12), 1, {}),
+    ((2, 4, 6, 131), 2, {"channel_axis": 1, "reduction_axes": (1, 3)}),
 ]
 
 EVERY_CASE = pytest.mark.parametrize(

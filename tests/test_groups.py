@@ -21,7 +21,8 @@ PLACED = pytest.mark.parametrize("placed", [np.asarray, on_a_mesh])
 def parts_of(x, num_groups, channel_axis=-1, reduction_axes=None):
     """The positions and the groups of x."""
     axes = resolve_axes(x.ndim, channel_axis, reduction_axes)
-    return positions_of(x, axes), Groups(x, axes, num_groups)
+    positions = positions_of(x, axes)
+    return positions, Groups(x, axes, num_groups, positions)
 
 
 @EVERY_CASE

@@ -113,9 +113,9 @@ def test_the_compiled_training_step_holds_no_further_copy_of_x():
     assert memory.temp_size_in_bytes <= SUMS_OF_BLOCKS * x.size * np.dtype(jnp.float32).itemsize
 
 
-# The second has no blocks; one version of XLA writes all of x − k down for a moment.
+# Blocks of 16 of 32; of 53, which is a prime number, 5 blocks of 11, the last of which lacks 2.
 @pytest.mark.parametrize(
-    ("shape", "for_a_moment"), [((8, 32, 32, 128), SUMS_OF_BLOCKS), ((4, 53, 53, 64), 1.02)]
+    ("shape", "for_a_moment"), [((8, 32, 32, 128), SUMS_OF_BLOCKS), ((4, 53, 53, 64), 0.3)]
 )
 def test_a_compiled_network_holds_one_array_a_layer(shape, for_a_moment):
     """Between the passes it keeps the second layer's x, not also what either makes of its own."""

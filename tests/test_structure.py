@@ -102,6 +102,16 @@ def test_on_a_cpu_each_pass_sums_once_over_an_array_of_the_size_of_x(
     assert len(large_sums(both, x.size)) == 2 + masked
 
 
+@GROUPS
+def test_on_a_cpu_padded_blocks_take_no_further_pass(num_groups, traced_for):
+    """Of 4 blocks of 8 columns the last has 7."""
+    traced_for("cpu")
+    x = random((4, 23, 31, 24))
+    forward, both = jaxprs(x, num_groups, "channels last", masked=False)
+    assert len(large_sums(forward, x.size)) == 1
+    assert len(large_sums(both, x.size)) == 2
+
+
 def large_sums(jaxpr, size):
     """The sums over an array of at least this size."""
     return [
@@ -295,6 +305,25 @@ def test_only_groups_that_would_divide_an_index_for_each_element_take_products(
         for equation in equations(jaxprs(x, num_groups, layout, masked=False)[1])
     } & {"dot_general"}
     assert bool(products) == (layout == "channels last" and num_groups == 6)
+
+
+@pytest.mark.parametrize(("columns", "is_product"), [(14, False), (31, True)])
+def test_one_group_takes_products_only_where_branches_need_a_value_a_channel(
+    columns, is_product, traced_for
+):
+    traced_for("cpu")
+    forward, _ = jaxprs(random((4, 23, columns, 24)), 1, "channels last", masked=False)
+    names = {equation.primitive.name for equation in equations(forward)}
+    assert ("dot_general" in names) == is_product
+
+
+def test_only_real_numbers_are_padded(traced_for):
+    """XLA:CPU does not vectorize a loop that pads complex numbers."""
+    traced_for("cpu")
+    both = jaxprs(random((4, 23, 31, 24)), 3, "channels last", masked=False)[1]
+    padded = [e.outvars[0].aval.dtype for e in equations(both) if e.primitive.name == "pad"]
+    assert len(padded) > 4
+    assert set(padded) == {np.dtype(np.float32)}
 
 
 def test_products_are_of_full_precision(traced_for):

@@ -330,6 +330,8 @@ def test_padding_with_zeros_costs_no_digits(border, interior, channel_axis):
         ((1, 64, 64, 64, 8), 1, "float32"),
         ((1, 128, 128, 128, 1), 1, "float32"),
         ((1, 128, 128, 32), 1, "float32"),
+        ((2, 208, 208, 2), 2, "float32"),
+        ((1, 10007, 4), 1, "float32"),
         ((2, 32, 32, 32, 4), 4, "complex64"),
     ],
 )
