@@ -131,7 +131,7 @@ class PositionsInBlocks(Positions):
         return both.real, both.imag
 
     @property
-    def in_branches(self) -> bool:
+    def are_padded(self) -> bool:
         return any(block.padding for block in self._blocks)
 
     def once_a_channel(self, *values: Array) -> Sequence[Array]:

@@ -35,8 +35,8 @@ class Groups:
         self.size = x.shape[axes.channel] // num_groups
         in_the_innermost_loop = axes.channel == x.ndim - 1
         self._on_one_cpu = is_on_one("cpu", x)
-        # A branch around a value that all of a loop's iterations share keeps it from vectorizing.
-        dear = positions.in_branches if num_groups == 1 else self.size % LANES != 0
+        # A loop with branches is not vectorized if its iterations share a value inside of them.
+        dear = positions.are_padded if num_groups == 1 else self.size % LANES != 0
         self._multiplies = self._on_one_cpu and in_the_innermost_loop and dear and self.size != 1
         self._broadcasts_on_a_cpu = self._on_one_cpu and not self._multiplies
         self._factors = _factors(self.size) if self._broadcasts_on_a_cpu else (self.size,)

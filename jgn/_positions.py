@@ -43,8 +43,8 @@ class Positions:
         return math.prod(self._shape[axis] for axis in self._axes.spatial)
 
     @property
-    def in_branches(self) -> bool:
-        """Whether the loops that sum over them have branches."""
+    def are_padded(self) -> bool:
+        """Whether a loop that sums over them has branches, for padding."""
         return False
 
     def count(self, mask: Array, dtype: Any) -> Array:

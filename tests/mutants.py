@@ -568,7 +568,7 @@ MUTANTS = (
     Mutant(
         "one group's values in branches",
         "_groups.py",
-        "positions.in_branches if num_groups == 1",
+        "positions.are_padded if num_groups == 1",
         "False if num_groups == 1",
         ("structure",),
     ),

@@ -308,9 +308,7 @@ def test_only_groups_that_would_divide_an_index_for_each_element_take_products(
 
 
 @pytest.mark.parametrize(("columns", "is_product"), [(14, False), (31, True)])
-def test_one_group_takes_products_only_where_branches_need_a_value_a_channel(
-    columns, is_product, traced_for
-):
+def test_one_group_takes_products_only_where_positions_are_padded(columns, is_product, traced_for):
     traced_for("cpu")
     forward, _ = jaxprs(random((4, 23, columns, 24)), 1, "channels last", masked=False)
     names = {equation.primitive.name for equation in equations(forward)}
