@@ -62,9 +62,14 @@ NEEDS_TWO_DEVICES = pytest.mark.skipif(
 )
 # A process of its own must not inherit the eight devices of the other tests.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-# Half of a run is compiling. Most runs take from here what the first of them has compiled.
+# Half of a run is compiling. Most runs take from here what the first of them has compiled. (Each
+# time jaxlib 0.10.0 complains that it is of another machine, which it is not.)
 COMPILED = tempfile.TemporaryDirectory()
-COMPILED_BEFORE = {**ENVIRONMENT, "JAX_COMPILATION_CACHE_DIR": COMPILED.name}
+COMPILED_BEFORE = {
+    **ENVIRONMENT,
+    "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
 
 
 def run(out, *, below=(), environment=COMPILED_BEFORE, **changes):
