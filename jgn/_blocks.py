@@ -18,9 +18,9 @@ from jgn._positions import Positions, by_parts, is_on_one
 
 # XLA:CPU unrolls a sum of so few elements; much smaller blocks leave too much for the next sums.
 LARGEST_BLOCK = 20
+SMALLEST_BLOCK = 5
 # The loop over padded blocks has a branch for each of their positions: vectorized up to so many.
 LARGEST_PADDED_BLOCK = 13
-SMALLEST_BLOCK = 5
 # After blocks of so many positions in all, what is left is summed as it is,
 ENOUGH = 64
 # if it is not more than so many positions along one axis, or along several: a longer sum would
@@ -132,7 +132,7 @@ class PositionsInBlocks(Positions):
 
     @property
     def are_padded(self) -> bool:
-        return any(block.padding for block in self._blocks)
+        return bool(self._blocks) and self._blocks[0].padding > 0
 
     def once_a_channel(self, *values: Array) -> Sequence[Array]:
         return values  # They go a way of several steps, the first of which does that.
@@ -200,13 +200,16 @@ def _largest_whole(sizes: dict[int, int], strides: dict[int, int], smallest: int
 
 
 def _best_padded(sizes: dict[int, int]) -> Block | None:
-    """The blocks that take least to sum, with their padding and what they leave."""
+    """The blocks that cost least."""
+
+    def cost(block: Block) -> tuple[float, int]:
+        """What is summed, padding included, and what is left, for each position."""
+        return block.left * (block.size + 1) / block.positions, -block.axis
+
     possible = [
         Block(axis, positions, size, 1)
         for axis, positions in sizes.items()
         for size in range(SMALLEST_BLOCK, LARGEST_PADDED_BLOCK + 1)
         if size < positions
     ]
-    if not possible:
-        return None
-    return min(possible, key=lambda b: (b.left * (b.size + 1) / b.positions, -b.axis))
+    return min(possible, key=cost, default=None)

@@ -44,7 +44,7 @@ class Positions:
 
     @property
     def are_padded(self) -> bool:
-        """Whether a loop that sums over them has branches, for padding."""
+        """Whether the loop over x that sums over them has branches, for padding."""
         return False
 
     def count(self, mask: Array, dtype: Any) -> Array:

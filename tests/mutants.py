@@ -552,6 +552,20 @@ MUTANTS = (
         ("structure",),
     ),
     Mutant(
+        "padded blocks of neighbours in memory",
+        "_blocks.py",
+        "neighbours not in spatial and ",
+        "",
+        ("structure",),
+    ),
+    Mutant(
+        "products for one group wherever anything is padded",
+        "_blocks.py",
+        "bool(self._blocks) and self._blocks[0].padding > 0",
+        "any(block.padding for block in self._blocks)",
+        ("structure",),
+    ),
+    Mutant(
         "positions behind the last whole block forgotten",
         "_blocks.py",
         "math.ceil(self.positions / (self.size * self.stride))",

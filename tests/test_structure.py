@@ -112,6 +112,13 @@ def test_on_a_cpu_padded_blocks_take_no_further_pass(num_groups, traced_for):
     assert len(large_sums(both, x.size)) == 2
 
 
+def test_on_a_cpu_nothing_is_padded_where_positions_are_neighbours_in_memory(traced_for):
+    """There padded blocks are no faster than plain sums."""
+    traced_for("cpu")
+    both = jaxprs(random((4, 24, 23, 31)), 3, "channels first", masked=False)[1]
+    assert "pad" not in {equation.primitive.name for equation in equations(both)}
+
+
 def large_sums(jaxpr, size):
     """The sums over an array of at least this size."""
     return [
@@ -307,10 +314,15 @@ def test_only_groups_that_would_divide_an_index_for_each_element_take_products(
     assert bool(products) == (layout == "channels last" and num_groups == 6)
 
 
-@pytest.mark.parametrize(("columns", "is_product"), [(14, False), (31, True)])
-def test_one_group_takes_products_only_where_positions_are_padded(columns, is_product, traced_for):
+# 5260 rows are 263 blocks of 20, without padding; the blocks of these 263 have some.
+@pytest.mark.parametrize(
+    ("rows", "columns", "is_product"), [(23, 14, False), (23, 31, True), (5260, 1, False)]
+)
+def test_one_group_takes_products_only_where_the_loop_over_x_is_padded(
+    rows, columns, is_product, traced_for
+):
     traced_for("cpu")
-    forward, _ = jaxprs(random((4, 23, columns, 24)), 1, "channels last", masked=False)
+    forward, _ = jaxprs(random((4, rows, columns, 24)), 1, "channels last", masked=False)
     names = {equation.primitive.name for equation in equations(forward)}
     assert ("dot_general" in names) == is_product
 
