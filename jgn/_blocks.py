@@ -91,12 +91,14 @@ class PositionsInBlocks(Positions):
     """The spatial axes of x, and the blocks, if any are possible, by which they are summed.
 
     A pair is one complex array, of whose two parts one loop makes both sums. It is conjugated after
-    each block, as XLA would make one long sum of two short ones that follow each other.
+    each block, as XLA would make one long sum of two short ones that follow each other. Of sizes
+    that are not known there are no blocks, and such a loop over all positions may be slow.
     """
 
     def __init__(self, x: Array, axes: Axes):
         super().__init__(x, axes)
         self._blocks = _blocks(x.shape, axes.spatial)
+        self._sums_are_plain = not self._blocks and not isinstance(self.number, int)
 
     def sum(self, x: Array) -> Array:
         few = isinstance(self.number, int) and self.number <= FEW
@@ -105,7 +107,7 @@ class PositionsInBlocks(Positions):
         return self.parts(self.sums(x, x))[0]
 
     def sums(self, u: Array, v: Array) -> Array:
-        if not self._blocks:
+        if self._sums_are_plain:
             return self.pair(self._sum_at_once(u), self._sum_at_once(v))
         both = lax.complex(u, v)
         for block in self._blocks:
@@ -113,7 +115,7 @@ class PositionsInBlocks(Positions):
         return self._sum_at_once(both)
 
     def spread(self, pair: Array) -> tuple[Array, Array]:
-        if not self._blocks:
+        if self._sums_are_plain:
             return super().spread(pair)
         shape = list(self._shape)
         for block in self._blocks:
@@ -165,17 +167,14 @@ class ComplexPositions(Positions):
 
 
 def _blocks(shape: Sequence[int], spatial: Sequence[int]) -> list[Block]:
-    """The blocks to sum, in this order; none if the largest possible would be too small."""
+    """The blocks to sum, in this order; none where little is to be summed, or no size is known."""
     sizes = {axis: shape[axis] for axis in spatial if isinstance(shape[axis], int)}  # Not symbolic.
-    neighbours = len(shape) - 1
-    strides = {axis: NEIGHBOURS if axis == neighbours else 1 for axis in sizes}
+    strides = {axis: NEIGHBOURS if axis == len(shape) - 1 else 1 for axis in sizes}
     blocks: list[Block] = []
     while math.prod(block.size for block in blocks) < ENOUGH or _is_long(sizes.values()):
         block = _largest_whole(sizes, strides, 2 if blocks else SMALLEST_BLOCK)
-        # Where neighbours are positions, what has branches is not faster than plain sums.
-        may_pad = neighbours not in spatial and (not blocks or _is_long(sizes.values()))
-        if block is None and may_pad:
-            block = _best_padded(sizes)
+        if block is None and (not blocks or _is_long(sizes.values())):
+            block = _best_padded(sizes, strides) or _largest_whole(sizes, strides, 2)
         if block is None:
             break
         blocks.append(block)
@@ -199,7 +198,7 @@ def _largest_whole(sizes: dict[int, int], strides: dict[int, int], smallest: int
     return max(possible, key=lambda block: (block.size, block.axis), default=None)
 
 
-def _best_padded(sizes: dict[int, int]) -> Block | None:
+def _best_padded(sizes: dict[int, int], strides: dict[int, int]) -> Block | None:
     """The blocks that cost least."""
 
     def cost(block: Block) -> tuple[float, int]:
@@ -207,9 +206,9 @@ def _best_padded(sizes: dict[int, int]) -> Block | None:
         return block.left * (block.size + 1) / block.positions, -block.axis
 
     possible = [
-        Block(axis, positions, size, 1)
+        Block(axis, positions, size, strides[axis])
         for axis, positions in sizes.items()
         for size in range(SMALLEST_BLOCK, LARGEST_PADDED_BLOCK + 1)
-        if size < positions
+        if (size - 1) * strides[axis] < positions
     ]
     return min(possible, key=cost, default=None)

@@ -35,7 +35,7 @@ CASES = [
     ((2, 5, 4, 24), 3, {}),
     ((2, 400, 32), 2, {}),
     ((3, 23, 16), 2, {}),
-    # Such blocks of such blocks; of one group; and none, where they would be of neighbours.
+    # Such blocks of such blocks; of one group; of every 16th position.
     ((2, 31, 23, 6), 3, {}),
     ((3, 37, 12), 1, {}),
     ((2, 4, 6, 131), 2, {"channel_axis": 1, "reduction_axes": (1, 3)}),

@@ -547,15 +547,29 @@ MUTANTS = (
     Mutant(
         "no padded blocks",
         "_blocks.py",
-        "            block = _best_padded(sizes)\n",
-        "            pass\n",
+        "_best_padded(sizes, strides) or ",
+        "",
         ("structure",),
     ),
     Mutant(
-        "padded blocks of neighbours in memory",
+        "few positions summed as they are",
         "_blocks.py",
-        "neighbours not in spatial and ",
+        " or _largest_whole(sizes, strides, 2)",
         "",
+        ("structure",),
+    ),
+    Mutant(
+        "no padding but of whole blocks",
+        "_blocks.py",
+        "if (size - 1) * strides[axis] < positions",
+        "if size * strides[axis] < positions",
+        ("structure",),
+    ),
+    Mutant(
+        "two plain sums where there is no block",
+        "_blocks.py",
+        "not self._blocks and not isinstance(self.number, int)",
+        "not self._blocks",
         ("structure",),
     ),
     Mutant(
