@@ -7,7 +7,7 @@ first of these sums is the only one over an array of x's size.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from jgn._positions import Positions, by_parts, is_on_one
 # XLA:CPU unrolls a sum of so few elements; much smaller blocks leave too much for the next sums.
 LARGEST_BLOCK = 20
 SMALLEST_BLOCK = 5
+# Where elements of 2 bytes are widened on the way, the unrolled loop is vectorized up to so many.
+LARGEST_NARROW_BLOCK = 16
 # The loop over padded blocks has a branch for each of their positions: vectorized up to so many.
 LARGEST_PADDED_BLOCK = 13
 # After blocks of so many positions in all, what is left is summed as it is,
@@ -97,7 +99,8 @@ class PositionsInBlocks(Positions):
 
     def __init__(self, x: Array, axes: Axes):
         super().__init__(x, axes)
-        self._blocks = _blocks(x.shape, axes.spatial)
+        largest = LARGEST_BLOCK if x.dtype.itemsize > 2 else LARGEST_NARROW_BLOCK
+        self._blocks = _blocks(x.shape, axes.spatial, largest)
         self._sums_are_plain = not self._blocks and not isinstance(self.number, int)
 
     def sum(self, x: Array) -> Array:
@@ -166,15 +169,24 @@ class ComplexPositions(Positions):
         return by_parts(lambda u, v: part.spread(part.pair(u, v)), *self.parts(pair))
 
 
-def _blocks(shape: Sequence[int], spatial: Sequence[int]) -> list[Block]:
-    """The blocks to sum, in this order; none where little is to be summed, or no size is known."""
+def _blocks(shape: Sequence[int], spatial: Sequence[int], largest: int) -> list[Block]:
+    """The blocks of at most so many positions to sum, in this order.
+
+    None where little is to be summed, or no size is known.
+    """
     sizes = {axis: shape[axis] for axis in spatial if isinstance(shape[axis], int)}  # Not symbolic.
     strides = {axis: NEIGHBOURS if axis == len(shape) - 1 else 1 for axis in sizes}
     blocks: list[Block] = []
     while math.prod(block.size for block in blocks) < ENOUGH or _is_long(sizes.values()):
-        block = _largest_whole(sizes, strides, 2 if blocks else SMALLEST_BLOCK)
-        if block is None and (not blocks or _is_long(sizes.values())):
-            block = _best_padded(sizes, strides) or _largest_whole(sizes, strides, 2)
+        possible = [
+            Block(axis, positions, size, strides[axis])
+            for axis, positions in sizes.items()
+            for size in range(2, largest + 1)
+        ]
+        whole = [block for block in possible if not block.padding]
+        large = [block for block in whole if blocks or block.size >= SMALLEST_BLOCK]
+        may_pad = not blocks or _is_long(sizes.values())
+        block = _largest(large) or (_best_padded(possible) if may_pad else None) or _largest(whole)
         if block is None:
             break
         blocks.append(block)
@@ -187,28 +199,21 @@ def _is_long(sizes: Collection[int]) -> bool:
     return math.prod(sizes) > (LONGEST_OF_SEVERAL if several else LONGEST)
 
 
-def _largest_whole(sizes: dict[int, int], strides: dict[int, int], smallest: int) -> Block | None:
-    """The largest blocks that need no padding."""
-    possible = [
-        Block(axis, positions, size, strides[axis])
-        for axis, positions in sizes.items()
-        for size in range(smallest, LARGEST_BLOCK + 1)
-        if positions % (size * strides[axis]) == 0
-    ]
-    return max(possible, key=lambda block: (block.size, block.axis), default=None)
+def _largest(blocks: Iterable[Block]) -> Block | None:
+    return max(blocks, key=lambda block: (block.size, block.axis), default=None)
 
 
-def _best_padded(sizes: dict[int, int], strides: dict[int, int]) -> Block | None:
-    """The blocks that cost least."""
+def _best_padded(blocks: Iterable[Block]) -> Block | None:
+    """The blocks that cost least, of those that padding may fill."""
 
     def cost(block: Block) -> tuple[float, int]:
         """What is summed, padding included, and what is left, for each position."""
         return block.left * (block.size + 1) / block.positions, -block.axis
 
     possible = [
-        Block(axis, positions, size, strides[axis])
-        for axis, positions in sizes.items()
-        for size in range(SMALLEST_BLOCK, LARGEST_PADDED_BLOCK + 1)
-        if (size - 1) * strides[axis] < positions
+        block
+        for block in blocks
+        if SMALLEST_BLOCK <= block.size <= LARGEST_PADDED_BLOCK
+        and (block.size - 1) * block.stride < block.positions
     ]
     return min(possible, key=cost, default=None)

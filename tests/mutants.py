@@ -463,7 +463,7 @@ MUTANTS = (
     Mutant(
         "two passes for two sums",
         "_blocks.py",
-        "self._blocks = _blocks(x.shape, axes.spatial)",
+        "self._blocks = _blocks(x.shape, axes.spatial, largest)",
         "self._blocks = []",
         ("structure",),
     ),
@@ -498,8 +498,8 @@ MUTANTS = (
     Mutant(
         "blocks of samples, too",
         "_blocks.py",
-        "_blocks(x.shape, axes.spatial)",
-        "_blocks(x.shape, range(x.ndim))",
+        "_blocks(x.shape, axes.spatial, largest)",
+        "_blocks(x.shape, range(x.ndim), largest)",
         ("groups", "values"),
     ),
     Mutant(
@@ -547,22 +547,36 @@ MUTANTS = (
     Mutant(
         "no padded blocks",
         "_blocks.py",
-        "_best_padded(sizes, strides) or ",
-        "",
+        "_best_padded(possible) if may_pad else None",
+        "None",
         ("structure",),
     ),
     Mutant(
         "few positions summed as they are",
         "_blocks.py",
-        " or _largest_whole(sizes, strides, 2)",
+        " or _largest(whole)",
         "",
         ("structure",),
     ),
     Mutant(
         "no padding but of whole blocks",
         "_blocks.py",
-        "if (size - 1) * strides[axis] < positions",
-        "if size * strides[axis] < positions",
+        "(block.size - 1) * block.stride < block.positions",
+        "block.size * block.stride < block.positions",
+        ("structure",),
+    ),
+    Mutant(
+        "large blocks of narrow numbers",
+        "_blocks.py",
+        "LARGEST_BLOCK if x.dtype.itemsize > 2 else LARGEST_NARROW_BLOCK",
+        "LARGEST_BLOCK",
+        ("structure",),
+    ),
+    Mutant(
+        "blocks of widened numbers",
+        "_group_norm.py",
+        "positions_of(x, axes)",
+        "positions_of(constant, axes)",
         ("structure",),
     ),
     Mutant(

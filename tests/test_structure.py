@@ -128,6 +128,15 @@ def test_on_a_cpu_sizes_without_a_large_divisor_take_no_further_pass(
         assert elements <= 13, "More than 20 elements are not unrolled, more than 13 with padding."
 
 
+@pytest.mark.parametrize(("dtype", "elements"), [("float32", 20), ("bfloat16", 10)])
+def test_on_a_cpu_blocks_of_narrow_numbers_have_fewer_elements(dtype, elements, traced_for):
+    """Of 20 bfloat16 the loop is not vectorized."""
+    traced_for("cpu")
+    x = random((2, 20, 19, 24), dtype=dtype)
+    sums = large_sums(jaxprs(x, 3, "channels last", masked=False)[1], x.size)
+    assert [s.invars[0].aval.size // s.outvars[0].aval.size for s in sums] == [elements] * 2
+
+
 def large_sums(jaxpr, size):
     """The sums over an array of at least this size."""
     return [
