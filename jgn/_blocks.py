@@ -8,7 +8,7 @@ first of these sums is the only one over an array of x's size.
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -35,11 +35,12 @@ FEW = 128
 NEIGHBOURS = 16
 
 
-def positions_of(x: Array, axes: Axes) -> Positions:
-    """The spatial axes of x, which are summed as the device wants it."""
+def positions_of(x: Array, axes: Axes, dtype: Any) -> Positions:
+    """The spatial axes of x, which is summed in this dtype, in the way that the device wants."""
     if not is_on_one("cpu", x):
         return Positions(x, axes)
-    return ComplexPositions(x, axes) if jnp.iscomplexobj(x) else PositionsInBlocks(x, axes)
+    is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+    return ComplexPositions(x, axes) if is_complex else PositionsInBlocks(x, axes)
 
 
 class Block(NamedTuple):

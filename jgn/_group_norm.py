@@ -172,7 +172,7 @@ def _group_norm(
 
     # The identity holds for every k and q, so without their gradients no derivative changes.
     constant = widened(lax.stop_gradient(x))
-    positions = positions_of(x, axes)
+    positions = positions_of(x, axes, compute_dtype)
     groups = Groups(constant, axes, num_groups, positions)
     reduction = Reduction(positions, groups, mask, shards)
     (k, q), n = reduction.shifts(constant), reduction.number(constant)

@@ -575,8 +575,8 @@ MUTANTS = (
     Mutant(
         "blocks of widened numbers",
         "_group_norm.py",
-        "positions_of(x, axes)",
-        "positions_of(constant, axes)",
+        "positions_of(x, axes, compute_dtype)",
+        "positions_of(constant, axes, compute_dtype)",
         ("structure",),
     ),
     Mutant(
@@ -631,8 +631,8 @@ MUTANTS = (
     Mutant(
         "complex numbers summed as they are",
         "_blocks.py",
-        "ComplexPositions(x, axes) if jnp.iscomplexobj(x) else PositionsInBlocks(x, axes)",
-        "Positions(x, axes) if jnp.iscomplexobj(x) else PositionsInBlocks(x, axes)",
+        "ComplexPositions(x, axes) if is_complex else PositionsInBlocks(x, axes)",
+        "Positions(x, axes) if is_complex else PositionsInBlocks(x, axes)",
         ("values",),
     ),
     Mutant(
