@@ -21,7 +21,7 @@ PLACED = pytest.mark.parametrize("placed", [np.asarray, on_a_mesh])
 def parts_of(x, num_groups, channel_axis=-1, reduction_axes=None):
     """The positions and the groups of x."""
     axes = resolve_axes(x.ndim, channel_axis, reduction_axes)
-    positions = positions_of(x, axes)
+    positions = positions_of(x, axes, x.dtype)
     return positions, Groups(x, axes, num_groups, positions)
 
 
@@ -65,7 +65,7 @@ def test_two_sums_at_once_are_those_of_each(shape, num_groups, options, placed):
 
     @jax.jit
     def sums(u, v):
-        positions = positions_of(u, axes)
+        positions = positions_of(u, axes, u.dtype)
         return [positions.along(total) for total in positions.parts(positions.sums(u, v))]
 
     actual = sums(u, v)
@@ -83,7 +83,7 @@ def test_spreading_is_the_transpose_of_the_two_sums(shape, num_groups, options, 
     axes = resolve_axes(x.ndim, **{"channel_axis": -1, "reduction_axes": None, **options})
     per_channel = [shape[axis] for axis in (*axes.batch, axes.channel)]
     a, b = random(per_channel, 1), random(per_channel, 2)
-    positions = positions_of(x, axes)
+    positions = positions_of(x, axes, x.dtype)
 
     @jax.jit
     def spread_and_transpose(x, a, b):
