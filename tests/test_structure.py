@@ -102,24 +102,36 @@ def test_on_a_cpu_each_pass_sums_once_over_an_array_of_the_size_of_x(
     assert len(large_sums(both, x.size)) == 2 + masked
 
 
-# Blocks with padding; with padding, of every 16th position; of few positions; none.
 @pytest.mark.parametrize(
     ("shape", "layout"),
     [
         ((4, 23, 31, 24), "channels last"),
         ((4, 24, 23, 31), "channels first"),
         ((4, 24, 79), "channels first"),
+    ],
+)
+@GROUPS
+def test_on_a_cpu_padded_blocks_take_no_further_pass(shape, layout, num_groups, traced_for):
+    traced_for("cpu")
+    assert_one_short_sum_a_pass(random(shape), num_groups, layout)
+
+
+# Blocks of 4, and none. (Of smaller groups all elements are the sample.)
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
         ((4, 4, 4, 24), "channels last"),
         ((4, 24, 4, 4), "channels first"),
         ((4, 24, 11), "channels first"),
     ],
 )
 @pytest.mark.parametrize("num_groups", [1, 3])
-def test_on_a_cpu_sizes_without_a_large_divisor_take_no_further_pass(
-    shape, layout, num_groups, traced_for
-):
+def test_on_a_cpu_few_positions_take_no_further_pass(shape, layout, num_groups, traced_for):
     traced_for("cpu")
-    x = random(shape)
+    assert_one_short_sum_a_pass(random(shape), num_groups, layout)
+
+
+def assert_one_short_sum_a_pass(x, num_groups, layout):
     forward, both = jaxprs(x, num_groups, layout, masked=False)
     assert len(large_sums(forward, x.size)) == 1
     assert len(large_sums(both, x.size)) == 2

@@ -166,7 +166,7 @@ def test_a_group_of_equal_elements_gives_exactly_its_bias(dtype, masked):
 )
 def test_a_large_group_of_equal_elements_gives_exactly_its_bias(shape, num_groups, epsilon):
     """Though the sums that lead to its mean and variance are rounded."""
-    number = min(60, 2**25 // np.prod(shape))  # Of few constants no variance may come out negative.
+    number = min(60, 2**25 // np.prod(shape))  # For some of so many, σ² comes out negative.
     constants = np.random.default_rng(1).lognormal(0, 10, number).astype(np.float32)
     x = np.broadcast_to(constants.reshape(-1, 1, 1, 1), (len(constants), *shape))
     bias = random(shape[-1:], 2) * (np.arange(shape[-1]) % 2)
