@@ -62,8 +62,8 @@ class Groups:
         if self.size == 1:
             return per_group
         if self._num_groups == 1 and not self._multiplies:
-            pair_on_a_cpu = self._on_one_cpu and jnp.iscomplexobj(per_group)
-            return _apart(self._to_all_channels, per_group) if pair_on_a_cpu else per_group
+            may_be_a_pair = self._on_one_cpu and jnp.iscomplexobj(per_group)
+            return _apart(self._to_all_channels, per_group) if may_be_a_pair else per_group
         if self._multiplies:
             two_columns = jnp.stack([per_group, jnp.zeros_like(per_group)], axis=-1)
             grouped = _matmul(two_columns, _first_of_two(self.size, per_group.dtype), 1)

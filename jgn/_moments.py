@@ -10,9 +10,10 @@ and the mean of s out of n numbers is never further from their mean than (k − 
 (Cauchy-Schwarz). The textbook's E[x²] − E[x]² is the same with k = 0, and has no bound.
 
 A sum that is taken term by term rounds in proportion to what it has reached. That of d, around 0,
-never gets far; that of squares does, unless it has q near σ² to subtract from each of them. Here q
-is the variance of the sample, which is (n/s) · σ² at most, too. So no input whatever makes the
-error of σ² larger than (1 + 2 · STRIDE) · u for each time that the sums round.
+never gets far; that of squares does, unless it has q near σ² to subtract from each of them. On a
+CPU q is the variance of the sample, which is (n/s) · σ² at most, too; elsewhere, and under a mask,
+whose sample is all that counts, it is 0. So no input whatever makes the error of σ² larger than
+(1 + 2 · STRIDE) · u for each time that the sums round.
 """
 
 from collections.abc import Sequence
@@ -65,26 +66,26 @@ class Reduction(NamedTuple):
 
     def shifts(self, x: Array) -> tuple[Array, Array]:
         """k and q of every group."""
+        if self.mask is not None:
+            # The sample is all of x, and to square it would take as long as the moments do.
+            total = self._over_groups(self.positions.sum(self._where_counted(x)))
+            k = _rounded(total * jnp.asarray(1 / self._count(x), x.dtype))
+            return k, jnp.zeros_like(k.real)
         stride = STRIDE
         if isinstance(self.positions.number, int):  # Not symbolic.
             stride = min(STRIDE, max(1, self.positions.number * self.groups.size // SAMPLE))
-        sample = x if self.mask is not None else self.positions.sample(x, stride)
+        sample = self.positions.sample(x, stride)
         positions = self.positions.of(sample)
         inverse = jnp.asarray(1 / self._count(sample), x.dtype)
-        if self.mask is not None:
-            # The sample is all of x, and to square it would take as long as the moments do.
-            total = positions.sum(self._where_counted(sample))
-            k = _rounded(self._over_groups(total) * inverse)
-        elif not is_on_one("cpu", x):
-            # Where sums are trees, there is no need of q. And with a sum for the last step, nothing
-            # is left that needs rounding, nor a GPU's kernel.
+        if not is_on_one("cpu", x):
+            # A GPU's sums are trees, and have no need of q. And with a sum for the last step,
+            # nothing is left that needs rounding, nor a kernel.
             k = self._over_groups(positions.sum(sample * inverse))
-        else:
-            squares = _squared_magnitude(sample).astype(x.dtype)
-            pair = self._over_groups(positions.sums(sample * inverse, squares * inverse))
-            k, mean_square = positions.parts(pair)
-            return k, _significant_variance(k, mean_square.real)
-        return k, jnp.zeros_like(k.real)
+            return k, jnp.zeros_like(k.real)
+        squares = _squared_magnitude(sample).astype(x.dtype)
+        pair = self._over_groups(positions.sums(sample * inverse, squares * inverse))
+        k, mean_square = positions.parts(pair)
+        return k, _significant_variance(k, mean_square.real)
 
     def number(self, x: Array) -> Array:
         """n: how many elements of every group count, but at least 1."""

@@ -131,8 +131,8 @@ MUTANTS = (
     Mutant(
         "no shift",
         "_moments.py",
-        "            k, mean_square = positions.parts(pair)\n",
-        "            k, mean_square = positions.parts(pair)\n            k = 0 * k\n",
+        "        k, mean_square = positions.parts(pair)\n",
+        "        k, mean_square = positions.parts(pair)\n        k = 0 * k\n",
         ("values",),
     ),
     Mutant(
@@ -372,8 +372,8 @@ MUTANTS = (
     Mutant(
         "mask ignored in k",
         "_moments.py",
-        "sum(self._where_counted(sample))",
-        "sum(sample)",
+        "sum(self._where_counted(x))",
+        "sum(x)",
         ("mask",),
     ),
     Mutant(
@@ -441,8 +441,8 @@ MUTANTS = (
     Mutant(
         "each shard around its own pivot",
         "_moments.py",
-        "_rounded(self._over_groups(total) * inverse)",
-        "_rounded(self.groups.sum(total) * inverse)",
+        "total = self._over_groups(self.positions",
+        "total = self.groups.sum(self.positions",
         ("sharding",),
     ),
     # How it is computed
@@ -624,7 +624,7 @@ MUTANTS = (
     Mutant(
         "the gradients' sums over positions and over all channels as one",
         "_groups.py",
-        "_apart(self._to_all_channels, per_group) if pair_on_a_cpu else per_group",
+        "_apart(self._to_all_channels, per_group) if may_be_a_pair else per_group",
         "per_group",
         ("values",),
     ),
