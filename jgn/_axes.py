@@ -72,11 +72,11 @@ def num_groups_from(num_groups: Any, group_size: Any, channels: int) -> int:
     return channels // group_size
 
 
-def _resolve_axis(rank: int, axis: Any, name: str) -> int:
+def _resolve_axis(rank: int, axis: Any, name: str, wanted: str = "an integer") -> int:
     try:
-        index = operator.index(axis)
+        index = _as_integer(axis)
     except TypeError:
-        raise TypeError(f"{name} must be an integer: got {axis!r}.") from None
+        raise TypeError(f"{name} must be {wanted}: got {axis!r}.") from None
     if not -rank <= index < rank:
         raise ValueError(
             f"{name} must lie in [{-rank}, {rank}) for an x of rank {rank}: got {index}."
@@ -86,7 +86,8 @@ def _resolve_axis(rank: int, axis: Any, name: str) -> int:
 
 def _resolve_reduction_axes(rank: int, reduction_axes: int | Sequence[int]) -> list[int]:
     axes = reduction_axes if isinstance(reduction_axes, Sequence) else (reduction_axes,)
-    reduced = sorted(_resolve_axis(rank, axis, "reduction_axes") for axis in axes)
+    wanted = "one or more integers"
+    reduced = sorted(_resolve_axis(rank, axis, "reduction_axes", wanted) for axis in axes)
     if len(set(reduced)) < len(reduced):
         raise ValueError(
             f"reduction_axes must not repeat an axis: got {reduction_axes} for an x of rank {rank}."
@@ -96,9 +97,7 @@ def _resolve_reduction_axes(rank: int, reduction_axes: int | Sequence[int]) -> l
 
 def positive_integer(value: Any, name: str) -> int:
     try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
+        number = _as_integer(value)
     except TypeError:
         raise TypeError(
             f"{name} must be an integer known when the call is traced: got {value!r}."
@@ -106,6 +105,12 @@ def positive_integer(value: Any, name: str) -> int:
     if number < 1:
         raise ValueError(f"{name} must be 1 or more: got {number}.")
     return number
+
+
+def _as_integer(value: Any) -> int:
+    if isinstance(value, bool):  # To Python, True is 1.
+        raise TypeError
+    return operator.index(value)
 
 
 def _divisors(channels: int) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -78,8 +78,8 @@ def group_norm(
             others are batch axes. None: all but axis 0.
         mask: Broadcastable to x; True counts toward the moments. All
             positions are normalized. Where it is False, x may hold anything:
-            a value that is not finite is read as 0. A group without any True
-            has mean 0 and variance 0.
+            a value that is not finite, or whose square would not be, is read
+            as 0. A group without any True has mean 0 and variance 0.
         axis_name: Mapped axes, as in `jax.lax.psum`, over which the moments
             are shared, weighted by how many elements each shard counts.
         axis_index_groups: Which indices along `axis_name` share moments, as
@@ -96,9 +96,12 @@ def group_norm(
     Raises:
         ValueError: `num_groups` does not divide the channels; an axis is out
             of range, repeated or missing; scale, bias or mask has another
-            shape, or what activation gives; epsilon is negative.
+            shape, or what activation gives; epsilon is negative or not
+            finite; `axis_index_groups` comes without `axis_name`.
         TypeError: x, scale, bias, mask or dtype has an unusable dtype; a
-            count or an axis is not an integer; activation is not callable.
+            count, an axis or an index is not an integer, epsilon not a
+            number, `axis_name` not one or more names; activation is not
+            callable, or not hashable.
 
     Example:
         >>> import jax.numpy as jnp, jgn
@@ -115,8 +118,8 @@ def group_norm(
     check_num_groups(num_groups, x.shape[axes.channel])
     input_dtype = jax.eval_shape(jnp.mean, x).dtype if _is_integral(x.dtype) else x.dtype
     output_dtype = input_dtype if dtype is None else _checked_output_dtype(dtype, input_dtype)
-    if activation is not None and not callable(activation):
-        raise TypeError(f"activation must be callable: got {activation!r}.")
+    if activation is not None:
+        _check_activation(activation)
     return _group_norm(
         x,
         None if scale is None else _checked_per_channel(scale, "scale", x, axes),
@@ -191,9 +194,10 @@ def _group_norm(
         bias = None if bias is None else _rows(bias.astype(compute_dtype), axes)
         y = _normalize(widened(x), k, q, n, scale, bias, reduction, epsilon)
         y = y if activation is None else activation(y)
-        if y.shape != x.shape:
+        if getattr(y, "shape", None) != x.shape:
+            got = f"shape {y.shape}" if hasattr(y, "shape") else f"{y!r:.60}"
             raise ValueError(
-                f"activation must be elementwise: got shape {y.shape} for an x of shape {x.shape}."
+                f"activation must be elementwise: got {got} for an x of shape {x.shape}."
             )
         return y.astype(output_dtype)
 
@@ -247,10 +251,7 @@ def _rows(values: Array, axes: Axes) -> Array:
 
 
 def as_numbers(value: Any, name: str) -> Array:
-    try:
-        array = jnp.asarray(value)
-    except (TypeError, ValueError, OverflowError):
-        raise TypeError(f"{name} must be an array of numbers: got {value!r:.60}.") from None
+    array = _as_array(value, f"{name} must be an array of numbers")
     supported = any(array.dtype == dtype for dtype in _FLOATING) or _is_integral(array.dtype)
     if not supported:
         raise TypeError(
@@ -258,6 +259,13 @@ def as_numbers(value: Any, name: str) -> Array:
             f"or boolean: got {array.dtype}."
         )
     return array
+
+
+def _as_array(value: Any, rule: str) -> Array:
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError, OverflowError):
+        raise TypeError(f"{rule}: got {value!r:.60}.") from None
 
 
 _FLOATING = (
@@ -309,7 +317,7 @@ def _checked_per_channel(value: Any, name: str, x: Array, axes: Axes) -> Array:
 
 
 def _checked_mask(mask: Any, x: Array) -> Array:
-    mask = as_numbers(mask, "mask")
+    mask = _as_array(mask, "mask must be an array of booleans")
     if mask.dtype != jnp.bool_:
         raise TypeError(f"mask must be boolean: got {mask.dtype}; write mask != 0.")
     trailing = x.shape[x.ndim - mask.ndim :]
@@ -321,6 +329,16 @@ def _checked_mask(mask: Any, x: Array) -> Array:
             "give it x's rank, with size 1 where it does not vary."
         )
     return mask
+
+
+def _check_activation(activation: Any) -> None:
+    if not callable(activation):
+        raise TypeError(f"activation must be callable: got {activation!r}.")
+    if not isinstance(activation, Hashable):
+        raise TypeError(
+            "activation must be hashable, as what is compiled is found again by it: "
+            f"got {activation!r:.60}."
+        )
 
 
 def _checked_epsilon(epsilon: Any) -> float:
@@ -347,10 +365,13 @@ def _shards(axis_name: Any, axis_index_groups: Any) -> Shards:
         )
     try:
         names = axis_name if axis_name is None or isinstance(axis_name, str) else tuple(axis_name)
+        hash(names)
     except TypeError:
         raise TypeError(f"axis_name must be one or more names: got {axis_name!r}.") from None
+    if axis_index_groups is None:
+        return Shards(names, None)
     try:
-        groups = None if axis_index_groups is None else tuple(map(tuple, axis_index_groups))
+        groups = tuple(tuple(map(operator.index, indices)) for indices in axis_index_groups)
     except TypeError:
         raise TypeError(
             f"axis_index_groups must be a sequence of groups of indices: got {axis_index_groups!r}."

@@ -17,7 +17,8 @@ class GroupNorm(nn.Module):
     """Group normalization layer; see `jgn.group_norm` for the equation and for what x may be.
 
     Its parameters are `scale` and `bias`, shape (channels,), as those of `flax.linen.GroupNorm`,
-    whose checkpoints it loads. Note that flax's epsilon is 1e-6 by default.
+    whose checkpoints it loads. Note that flax's epsilon is 1e-6 by default, and that the output has
+    x's dtype.
 
     Attributes:
         num_groups: How many groups to form; give this or `group_size`, and None for the other.

@@ -14,10 +14,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from jgn._axes import num_groups_from
+from jgn._axes import num_groups_from, positive_integer
 from jgn._linen import GroupNorm
 
 Framework = Literal["jgn", "flax", "torch", "lucid", "equinox", "haiku", "keras"]
@@ -48,7 +49,7 @@ def from_torch(module: Any) -> tuple[GroupNorm, dict[str, dict[str, np.ndarray]]
         module's parameters, bit for bit and in their own dtype, as NumPy arrays.
 
     Raises:
-        TypeError: the module lacks one of the attributes, or its parameters are not arrays.
+        TypeError: the module lacks one of the attributes, or its parameters are not numbers.
         ValueError: the groups do not divide the channels, or a parameter has another shape.
 
     Example:
@@ -104,6 +105,7 @@ def to_torch(
         ImportError: torch is not installed.
         ValueError: the layer has an option that torch's has not; the variables are not the
             layer's; the channels are unknown, or not a multiple of the groups.
+        TypeError: `num_channels` is not an integer; a parameter is not numbers.
     """
     for option in ("dtype", "reduction_axes", "axis_name", "axis_index_groups", "activation"):
         value = getattr(layer, option)
@@ -122,7 +124,7 @@ def to_torch(
     arrays = {name: _array(params[name], name) for name in wanted}
     shapes = {values.shape for values in arrays.values()}
     if num_channels is not None:
-        shapes.add((num_channels,))
+        shapes.add((positive_integer(num_channels, "num_channels"),))
     if len(shapes) != 1 or len(next(iter(shapes))) != 1:
         raise ValueError(
             "the number of channels must be known from the parameters, each of shape (channels,), "
@@ -279,6 +281,6 @@ def _array(value: Any, name: str) -> np.ndarray:
         array = value.numpy() if hasattr(value, "numpy") else np.asarray(value)
     except TypeError:  # torch's bfloat16, which NumPy itself does not know
         array = np.asarray(jax.dlpack.from_dlpack(value))
-    if array.dtype == object:
-        raise TypeError(f"{name} must be an array: got a {type(value).__name__}.")
+    if not jnp.issubdtype(array.dtype, jnp.number):
+        raise TypeError(f"{name} must be an array of numbers: got {value!r:.60}.")
     return array.copy()

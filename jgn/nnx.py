@@ -46,7 +46,7 @@ class GroupNorm(nnx.Module):
 
     Raises:
         ValueError: the groups do not divide `num_features`, or are given by both count and size or
-            by neither.
+            by neither; a count is less than 1.
         TypeError: a count is not an integer.
 
     Example:
@@ -155,7 +155,7 @@ class GroupNorm(nnx.Module):
 
 
 def _hashable(value: Any) -> Any:
-    """nnx compares layers by their attributes, which a list cannot be."""
+    """nnx hashes a layer's attributes, and a list has no hash."""
     if isinstance(value, str | bytes) or not isinstance(value, Sequence):
         return value
     return tuple(map(_hashable, value))

@@ -79,9 +79,9 @@ def bad_axes(generator, x, options):
         yield {"channel_axis": bad}, ValueError, f"channel_axis {where} {bad}."
         axes = tuple(generator.sample([channel, bad], 2))
         yield {"reduction_axes": axes}, ValueError, f"reduction_axes {where} {bad}."
-    for bad in (*NO_NUMBER, generator.random(), 1.0):
+    for bad in (*NO_NUMBER, generator.random(), 1.0, True):
         yield {"channel_axis": bad}, TypeError, f"channel_axis must be an integer: got {bad!r}."
-        rule = f"reduction_axes must be an integer: got {bad!r}."
+        rule = f"reduction_axes must be one or more integers: got {bad!r}."
         yield {"reduction_axes": (bad, channel)}, TypeError, rule
     again = (channel, generator.choice([channel, channel - rank]))
     rule = f"reduction_axes must not repeat an axis: got {again} for an x of rank {rank}."
@@ -122,7 +122,7 @@ def bad_masks(generator, x, _):
         rule = f"mask must be boolean: got {kind}; write mask != 0."
         yield {"mask": np.ones((1,) * x.ndim, kind)}, TypeError, rule
     for bad in ("all", object()):
-        yield {"mask": bad}, TypeError, f"mask must be an array of numbers: got {bad!r:.60}."
+        yield {"mask": bad}, TypeError, f"mask must be an array of booleans: got {bad!r:.60}."
 
 
 def bad_options(generator, x, _):
@@ -143,10 +143,11 @@ def bad_options(generator, x, _):
             yield {"dtype": bad}, TypeError, rule
     for bad in ("silu", generator.random(), ()):
         yield {"activation": bad}, TypeError, f"activation must be callable: got {bad!r}."
-    for bad in (3, 1.5):
+    for bad in (3, 1.5, (set(),)):
         yield {"axis_name": bad}, TypeError, f"axis_name must be one or more names: got {bad!r}."
-    rule = "axis_index_groups must be a sequence of groups of indices: got 3."
-    yield {"axis_name": "a", "axis_index_groups": 3}, TypeError, rule
+    for bad in (3, ((0, 0.5),), (("a",),)):
+        rule = f"axis_index_groups must be a sequence of groups of indices: got {bad}."
+        yield {"axis_name": "a", "axis_index_groups": bad}, TypeError, rule
     rule = "axis_index_groups needs axis_name: got ((0,),) with axis_name=None."
     yield {"axis_index_groups": ((0,),)}, ValueError, rule
 

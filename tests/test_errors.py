@@ -14,6 +14,17 @@ X = np.ones((2, 3, 12), np.float32)
 TABLE = "(num_groups × group_size: 1 × 12, 2 × 6, 3 × 4, 4 × 3, 6 × 2, 12 × 1)"
 IMMENSE = jax.ShapeDtypeStruct((1 << 30, 1 << 20, 12), "float32")
 
+
+class Unhashable:
+    __hash__ = None
+
+    def __call__(self, y):
+        return y
+
+    def __repr__(self):
+        return "Unhashable()"
+
+
 # x, arguments of group_norm, the error, and its text in full
 FUNCTION = [
     (
@@ -79,7 +90,20 @@ FUNCTION = [
         ValueError,
         "reduction_axes must contain the channel axis: got reduction_axes=() with channel_axis=-1.",
     ),
-    (X, {"reduction_axes": (1.0, 2)}, TypeError, "reduction_axes must be an integer: got 1.0."),
+    (X, {"channel_axis": True}, TypeError, "channel_axis must be an integer: got True."),
+    *(
+        (
+            X,
+            {"reduction_axes": axes},
+            TypeError,
+            f"reduction_axes must be one or more integers: got {bad!r}.",
+        )
+        for axes, bad in (
+            ((1.0, 2), 1.0),
+            ((True, 2), True),
+            (np.array([1, 2]), np.array([1, 2])),
+        )
+    ),
     (
         np.float32(1),
         {},
@@ -126,7 +150,7 @@ FUNCTION = [
         TypeError,
         "mask must be boolean: got float32; write mask != 0.",
     ),
-    (X, {"mask": "all"}, TypeError, "mask must be an array of numbers: got 'all'."),
+    (X, {"mask": "all"}, TypeError, "mask must be an array of booleans: got 'all'."),
     (
         np.array(["a", "b"]),
         {"channel_axis": 0, "num_groups": 1},
@@ -169,7 +193,19 @@ FUNCTION = [
         TypeError,
         "epsilon must be a number known when the call is traced: got 'small'.",
     ),
+    (
+        X,
+        {"mask": np.ones((2, 3, 1), jnp.float8_e5m2)},
+        TypeError,
+        "mask must be boolean: got float8_e5m2; write mask != 0.",
+    ),
     (X, {"activation": "silu"}, TypeError, "activation must be callable: got 'silu'."),
+    (
+        X,
+        {"activation": Unhashable()},
+        TypeError,
+        "activation must be hashable, as what is compiled is found again by it: got Unhashable().",
+    ),
     (X, {"dtype": "int32"}, TypeError, "dtype must be floating or complex: got int32."),
     (
         X.astype(np.complex64),
@@ -185,9 +221,33 @@ FUNCTION = [
     ),
     (
         X,
+        {"axis_name": "a", "axis_index_groups": ((0, 1.5),)},
+        TypeError,
+        "axis_index_groups must be a sequence of groups of indices: got ((0, 1.5),).",
+    ),
+    (
+        X,
+        {"axis_name": (set(),)},
+        TypeError,
+        "axis_name must be one or more names: got (set(),).",
+    ),
+    (
+        X,
         {"activation": lambda y: y.sum()},
         ValueError,
         "activation must be elementwise: got shape () for an x of shape (2, 3, 12).",
+    ),
+    (
+        X,
+        {"activation": lambda y: 1.0},
+        ValueError,
+        "activation must be elementwise: got 1.0 for an x of shape (2, 3, 12).",
+    ),
+    (
+        X,
+        {"activation": lambda y: None},
+        ValueError,
+        "activation must be elementwise: got None for an x of shape (2, 3, 12).",
     ),
     (
         X,
@@ -286,8 +346,7 @@ def test_the_layer_passes_the_answers_of_the_function_on(x, arguments, error, te
     [{"num_groups": 5}, {"epsilon": -1}, {"reduction_axes": 0}, {"scale": np.ones(3, np.float32)}],
     ids=str,
 )
-def test_errors_come_before_any_computation(arguments):
-    """An x that no memory holds is refused as fast as a small one, while it is traced."""
+def test_an_x_that_no_memory_holds_is_refused_while_it_is_traced(arguments):
     with pytest.raises(ValueError, match="must"):
         jax.eval_shape(lambda x: jgn.group_norm(x, **{"num_groups": 4, **arguments}), IMMENSE)
 

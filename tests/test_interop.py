@@ -166,9 +166,11 @@ def test_groups_that_do_not_divide_are_named_at_once():
         from_torch(module_like_torch(num_groups=5))
 
 
-def test_a_parameter_that_is_no_array_is_named():
-    with pytest.raises(TypeError, match=r"^scale must be an array: got a dict\.$"):
-        from_torch(module_like_torch(weight={}))
+@pytest.mark.parametrize("bad", [{}, ["a"] * CHANNELS, np.array([None] * CHANNELS)], ids=str)
+def test_a_parameter_that_is_no_array_of_numbers_is_named(bad):
+    message = f"scale must be an array of numbers: got {bad!r:.60}."
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        from_torch(module_like_torch(weight=bad))
 
 
 # to_torch
@@ -271,6 +273,12 @@ def test_variables_that_are_not_the_layers_are_named(options, variables, num_cha
     layer = jgn.GroupNorm(**{"num_groups": GROUPS, **options})
     with pytest.raises(ValueError, match=message):
         to_torch(layer, variables, num_channels=num_channels)
+
+
+def test_a_number_of_channels_that_is_no_integer_is_named():
+    layer = jgn.GroupNorm(GROUPS, use_bias=False, use_scale=False)
+    with pytest.raises(TypeError, match=r"^num_channels must be an integer .*: got 12\.0\.$"):
+        to_torch(layer, {}, num_channels=12.0)
 
 
 def test_without_torch_the_way_out_is_named(monkeypatch):
