@@ -16,7 +16,8 @@ from jax import Array, lax
 from jgn._axes import Axes
 from jgn._positions import Positions, by_parts, is_on_one
 
-# XLA:CPU unrolls a sum of so few elements; much smaller blocks leave too much for the next sums.
+# XLA:CPU unrolls a sum of so few elements; much smaller blocks leave too much for the next sums,
+# and are made only where no others can be.
 LARGEST_BLOCK = 20
 SMALLEST_BLOCK = 5
 # Where elements of 2 bytes are widened on the way, the unrolled loop is vectorized up to so many.
@@ -141,7 +142,7 @@ class PositionsInBlocks(Positions):
         return bool(self._blocks) and self._blocks[0].padding > 0
 
     def once_a_channel(self, *values: Array) -> Sequence[Array]:
-        return values  # They go a way of several steps, the first of which does that.
+        return values  # `Groups` sees to that on a CPU.
 
     def _as_after_the_blocks(self, both: Array) -> Array:
         """Each block has conjugated them; its own inverse."""
@@ -173,7 +174,7 @@ class ComplexPositions(Positions):
 def _blocks(shape: Sequence[int], spatial: Sequence[int], largest: int) -> list[Block]:
     """The blocks of at most so many positions to sum, in this order.
 
-    None where little is to be summed, or no size is known.
+    None for a single position, for too few neighbours in memory, and where no size is known.
     """
     sizes = {axis: shape[axis] for axis in spatial if isinstance(shape[axis], int)}  # Not symbolic.
     strides = {axis: NEIGHBOURS if axis == len(shape) - 1 else 1 for axis in sizes}

@@ -30,8 +30,8 @@ CASES = [
     ((2, 400, 6), 3, {}),
     ((2, 6, 160), 3, {"channel_axis": 1}),
     ((2, 6, 40, 640), 3, {"channel_axis": 1}),
-    # Groups of a multiple of 8 channels: in one block, in blocks of blocks, and in 3 blocks of 8,
-    # the last of which lacks one.
+    # Groups of a multiple of 8 channels: in blocks, in blocks of blocks, and in 2 blocks of 12, the
+    # last of which lacks one.
     ((2, 5, 4, 24), 3, {}),
     ((2, 400, 32), 2, {}),
     ((3, 23, 16), 2, {}),

@@ -59,7 +59,7 @@ def calls(draw, dtypes=DTYPES):
     sizes = draw(st.lists(size, min_size=rank, max_size=rank))
     channel = draw(st.integers(0, rank - 1))
     sizes[channel] = max(sizes[channel], 1)
-    if rank in (2, 3, 4) and draw(st.booleans()):  # Blocks of blocks; none; blocks with a stride.
+    if rank in (2, 3, 4) and draw(st.booleans()):  # Blocks of blocks; padded; with a stride.
         axis = draw(st.sampled_from([axis for axis in range(rank) if axis != channel]))
         sizes[axis] = draw(st.sampled_from([40, 131, 320, 640]))
     options = {"channel_axis": draw(st.sampled_from([channel, channel - rank]))}

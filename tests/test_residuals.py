@@ -113,7 +113,7 @@ def test_the_compiled_training_step_holds_no_further_copy_of_x():
     assert memory.temp_size_in_bytes <= SUMS_OF_BLOCKS * x.size * np.dtype(jnp.float32).itemsize
 
 
-# Blocks of 16 of 32; of 53, which is a prime number, 5 blocks of 11, the last of which lacks 2.
+# Blocks of 16 of 32; of 53, which is a prime number, 6 blocks of 9, the last of which lacks 1.
 @pytest.mark.parametrize(
     ("shape", "for_a_moment"), [((8, 32, 32, 128), SUMS_OF_BLOCKS), ((4, 53, 53, 64), 0.3)]
 )

@@ -405,7 +405,7 @@ def test_denormals_are_nothing_beside_epsilon(dtype):
     chex.assert_tree_all_finite(jgn.group_norm(x, 2, epsilon=0))
 
 
-# Blocks of 16 within 16; a prime number of positions, which has no blocks; positions in a row.
+# Blocks that divide the positions; a prime number of them, whose blocks are padded; a plain sum.
 @pytest.mark.parametrize(
     ("shape", "channel_axis", "placed"),
     [

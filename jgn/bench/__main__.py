@@ -229,7 +229,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--list", action="store_true", help="lists the workloads, and measures nothing")
     add("--workloads", nargs="+", metavar="NAME", help="all, unless named; see --list")
     add("--dtype", nargs="+", choices=tuple(ITEM_BYTES), default=["float32"], help="(float32)")
-    add("--peers", nargs="+", choices=PEERS, help="all that are installed, unless named")
+    add(
+        "--peers",
+        nargs="+",
+        choices=PEERS,
+        help="all that are installed, torch-compiled on a GPU only, unless named",
+    )
     add("--rounds", type=int, default=10, help="turns of each contender (10)")
     add("--json", type=pathlib.Path, metavar="FILE", help="writes everything measured")
     add("--plot", type=pathlib.Path, metavar="FILE", help="draws the ratios, as .png, .svg or .pdf")
