@@ -114,20 +114,27 @@ def test_the_compiled_training_step_holds_no_further_copy_of_x():
 
 
 # Blocks of 16 of 32; of 53, which is a prime number, 6 blocks of 9, the last of which lacks 1.
+# Of a bfloat16 XLA:CPU computes tanh in float32, and keeps that as well; then there are no sums.
 @pytest.mark.parametrize(
-    ("shape", "for_a_moment"), [((8, 32, 32, 128), SUMS_OF_BLOCKS), ((4, 53, 53, 64), 0.3)]
+    ("shape", "dtype", "at_most"),
+    [
+        ((8, 32, 32, 128), "float32", 1 + SUMS_OF_BLOCKS),
+        ((4, 53, 53, 64), "float32", 1.3),
+        ((8, 32, 32, 128), "bfloat16", 3.1),
+        ((4, 53, 53, 64), "bfloat16", 3.1),
+    ],
 )
-def test_a_compiled_network_holds_one_array_a_layer(shape, for_a_moment):
+def test_a_compiled_network_holds_one_array_a_layer(shape, dtype, at_most):
     """Between the passes it keeps the second layer's x, not also what either makes of its own."""
-    x = abstract(shape, "float32")
+    x = abstract(shape, dtype)
 
     @jax.jit
     def gradient(x):
         def loss(x):
-            return jnp.tanh(jgn.group_norm(jnp.tanh(jgn.group_norm(x, 32)), 32)).sum()
+            y = jnp.tanh(jgn.group_norm(jnp.tanh(jgn.group_norm(x, 32)), 32))
+            return y.astype(jnp.float32).sum()
 
         return jax.grad(loss)(x)
 
     memory = gradient.lower(x).compile().memory_analysis()
-    x_bytes = x.size * np.dtype(jnp.float32).itemsize
-    assert memory.temp_size_in_bytes <= (1 + for_a_moment) * x_bytes
+    assert memory.temp_size_in_bytes <= at_most * x.size * x.dtype.itemsize
