@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -334,11 +334,13 @@ def _checked_mask(mask: Any, x: Array) -> Array:
 def _check_activation(activation: Any) -> None:
     if not callable(activation):
         raise TypeError(f"activation must be callable: got {activation!r}.")
-    if not isinstance(activation, Hashable):
+    try:
+        hash(activation)
+    except TypeError:
         raise TypeError(
             "activation must be hashable, as what is compiled is found again by it: "
             f"got {activation!r:.60}."
-        )
+        ) from None
 
 
 def _checked_epsilon(epsilon: Any) -> float:

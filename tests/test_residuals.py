@@ -114,7 +114,7 @@ def test_the_compiled_training_step_holds_no_further_copy_of_x():
 
 
 # Blocks of 16 of 32; of 53, which is a prime number, 6 blocks of 9, the last of which lacks 1.
-# Of a bfloat16 XLA:CPU computes tanh in float32, and keeps that as well; then there are no sums.
+# Of a bfloat16 XLA:CPU computes tanh in float32, and keeps that as well, when it has no sums yet.
 @pytest.mark.parametrize(
     ("shape", "dtype", "at_most"),
     [
