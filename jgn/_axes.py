@@ -43,6 +43,7 @@ def resolve_axes(rank: int, channel_axis: int, reduction_axes: int | Sequence[in
 def check_num_groups(num_groups: Any, channels: int) -> int:
     """Returns num_groups if it divides the channels."""
     num_groups = positive_integer(num_groups, "num_groups")
+    _check_known(channels)
     if channels % num_groups:
         raise ValueError(
             f"num_groups must divide the channels: got num_groups={num_groups} for {channels} "
@@ -63,6 +64,7 @@ def num_groups_from(num_groups: Any, group_size: Any, channels: int) -> int:
     if group_size is None:
         return check_num_groups(num_groups, channels)
     group_size = positive_integer(group_size, "group_size")
+    _check_known(channels)
     if channels % group_size:
         raise ValueError(
             f"group_size must divide the channels: got group_size={group_size} for {channels} "
@@ -70,6 +72,14 @@ def num_groups_from(num_groups: Any, group_size: Any, channels: int) -> int:
             f"(num_groups × group_size: {_factorizations(channels)})."
         )
     return channels // group_size
+
+
+def _check_known(channels: Any) -> None:
+    if not isinstance(channels, int):
+        raise ValueError(
+            f"the number of channels must be known when the call is traced: got {channels}; other "
+            "sizes may be symbolic."
+        )
 
 
 def _resolve_axis(rank: int, axis: Any, name: str, wanted: str = "an integer") -> int:

@@ -14,6 +14,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Num
 
+from jgn._activation import ActivationWithoutArrays, split_activation
 from jgn._axes import Axes, check_num_groups, resolve_axes
 from jgn._blocks import positions_of
 from jgn._groups import Groups
@@ -83,9 +84,14 @@ def group_norm(
         axis_name: Mapped axes, as in `jax.lax.psum`, over which the moments
             are shared, weighted by how many elements each shard counts.
         axis_index_groups: Which indices along `axis_name` share moments, as
-            in `jax.lax.psum`.
+            in `jax.lax.psum`, which takes them under `jax.pmap`, and under
+            `jax.shard_map` with `check_vma=False`.
         activation: An elementwise function such as `jax.nn.silu`, applied to
-            y before it is rounded to the output's dtype.
+            y before it is rounded to the output's dtype; or one that is a
+            pytree, such as `nnx.PReLU()`, an equinox module or a
+            `jax.tree_util.Partial`, whose arrays have gradients, too. What
+            else it refers to is read when a call is traced, as under
+            `jax.jit`, and another function object is traced anew.
         dtype: The dtype of the output. None: that of x, once promoted.
 
     Returns:
@@ -94,14 +100,17 @@ def group_norm(
         only.
 
     Raises:
-        ValueError: `num_groups` does not divide the channels; an axis is out
-            of range, repeated or missing; scale, bias or mask has another
-            shape, or what activation gives; epsilon is negative or not
-            finite; `axis_index_groups` comes without `axis_name`.
+        ValueError: `num_groups` does not divide the channels, or their number
+            is symbolic; an axis is out of range, repeated or missing; scale,
+            bias or mask has another shape, or what activation gives, which
+            may be complex for a complex output only; epsilon is negative or
+            not finite; `axis_index_groups` comes without `axis_name`.
         TypeError: x, scale, bias, mask or dtype has an unusable dtype; a
             count, an axis or an index is not an integer, epsilon not a
             number, `axis_name` not one or more names; activation is not
-            callable, or not hashable.
+            callable, or not hashable but for its arrays.
+        NameError: no axis named `axis_name` is mapped.
+        NotImplementedError: JAX has no `axis_index_groups` there.
 
     Example:
         >>> import jax.numpy as jnp, jgn
@@ -118,18 +127,18 @@ def group_norm(
     check_num_groups(num_groups, x.shape[axes.channel])
     input_dtype = jax.eval_shape(jnp.mean, x).dtype if _is_integral(x.dtype) else x.dtype
     output_dtype = input_dtype if dtype is None else _checked_output_dtype(dtype, input_dtype)
-    if activation is not None:
-        _check_activation(activation)
+    arrays, activation_without = split_activation(activation)
     return _group_norm(
         x,
         None if scale is None else _checked_per_channel(scale, "scale", x, axes),
         None if bias is None else _checked_per_channel(bias, "bias", x, axes),
         None if mask is None else _checked_mask(mask, x),
+        arrays,
         num_groups=operator.index(num_groups),
         epsilon=_checked_epsilon(epsilon),
         axes=axes,
         shards=_shards(axis_name, axis_index_groups),
-        activation=activation,
+        activation_without=activation_without,
         compute_dtype=_widest(input_dtype, output_dtype, jnp.float32),
         output_dtype=output_dtype,
     )
@@ -142,7 +151,7 @@ def group_norm(
         "epsilon",
         "axes",
         "shards",
-        "activation",
+        "activation_without",
         "compute_dtype",
         "output_dtype",
     ),
@@ -152,12 +161,13 @@ def _group_norm(
     scale: Array | None,
     bias: Array | None,
     mask: Array | None,
+    activation_arrays: list[Array | None],
     *,
     num_groups: int,
     epsilon: float,
     axes: Axes,
     shards: Shards,
-    activation: Callable[[Array], Array] | None,
+    activation_without: ActivationWithoutArrays,
     compute_dtype: Any,
     output_dtype: Any,
 ) -> Array:
@@ -180,6 +190,7 @@ def _group_norm(
     reduction = Reduction(positions, groups, mask, shards)
     (k, q), n = reduction.shifts(constant), reduction.number(constant)
     residuals = MOMENTS if is_on_one("cpu", constant) else SUMS
+    activation = activation_without.with_arrays(activation_arrays)
 
     # The barrier before x keeps XLA from merging the differences x − k of the forward pass with
     # those of the backward pass, which would keep a second array of x's size in between. Groups of
@@ -198,6 +209,10 @@ def _group_norm(
             got = f"shape {y.shape}" if hasattr(y, "shape") else f"{y!r:.60}"
             raise ValueError(
                 f"activation must be elementwise: got {got} for an x of shape {x.shape}."
+            )
+        if jnp.iscomplexobj(y) and not jnp.issubdtype(output_dtype, jnp.complexfloating):
+            raise ValueError(
+                f"activation must give real numbers for an output of {output_dtype}: got {y.dtype}."
             )
         return y.astype(output_dtype)
 
@@ -329,18 +344,6 @@ def _checked_mask(mask: Any, x: Array) -> Array:
             "give it x's rank, with size 1 where it does not vary."
         )
     return mask
-
-
-def _check_activation(activation: Any) -> None:
-    if not callable(activation):
-        raise TypeError(f"activation must be callable: got {activation!r}.")
-    try:
-        hash(activation)
-    except TypeError:
-        raise TypeError(
-            "activation must be hashable, as what is compiled is found again by it: "
-            f"got {activation!r:.60}."
-        ) from None
 
 
 def _checked_epsilon(epsilon: Any) -> float:

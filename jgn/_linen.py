@@ -34,7 +34,8 @@ class GroupNorm(nn.Module):
         axis_name: Mapped axes over which the moments are shared.
         axis_index_groups: Which indices along `axis_name` share moments.
         channel_axis: The axis of the channels.
-        activation: An elementwise function applied to the result, such as `nn.silu`.
+        activation: An elementwise function applied to the result, such as `nn.silu`. A module of
+            flax.linen has no place here; call it on the result.
 
     Example:
         >>> import flax.linen as nn, jax, jgn
@@ -89,11 +90,19 @@ class GroupNorm(nn.Module):
         x = as_numbers(x, "x")
         channels = x.shape[resolve_axes(x.ndim, self.channel_axis, self.reduction_axes).channel]
         num_groups = num_groups_from(self.num_groups, self.group_size, channels)
+
+        # Not a method, which flax would list among the calls of the layer.
+        def learned_or_given(
+            name: str, learned: bool, init: Initializer, given: ArrayLike | None
+        ) -> ArrayLike | None:
+            refuse_both(name, learned, given)
+            return self.param(name, init, (channels,), self.param_dtype) if learned else given
+
         return group_norm(
             x,
             num_groups,
-            self._learned_or_given("scale", self.use_scale, self.scale_init, channels, scale),
-            self._learned_or_given("bias", self.use_bias, self.bias_init, channels, bias),
+            learned_or_given("scale", self.use_scale, self.scale_init, scale),
+            learned_or_given("bias", self.use_bias, self.bias_init, bias),
             epsilon=self.epsilon,
             channel_axis=self.channel_axis,
             reduction_axes=self.reduction_axes,
@@ -103,17 +112,6 @@ class GroupNorm(nn.Module):
             activation=self.activation,
             dtype=self.dtype,
         )
-
-    def _learned_or_given(
-        self,
-        name: str,
-        learned: bool,
-        initializer: Initializer,
-        channels: int,
-        given: ArrayLike | None,
-    ) -> ArrayLike | None:
-        refuse_both(name, learned, given)
-        return self.param(name, initializer, (channels,), self.param_dtype) if learned else given
 
 
 def refuse_both(name: str, learned: bool, given: ArrayLike | None) -> None:

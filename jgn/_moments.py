@@ -82,7 +82,9 @@ class Reduction(NamedTuple):
             # nothing is left that needs rounding, nor a kernel.
             k = self._over_groups(positions.sum(sample * inverse))
             return k, jnp.zeros_like(k.real)
-        squares = _squared_magnitude(sample).astype(x.dtype)
+        # Of an infinite square the product with a matrix would make a k that is not a number.
+        largest = jnp.finfo(x.dtype).max / 2
+        squares = jnp.minimum(_squared_magnitude(sample), largest).astype(x.dtype)
         pair = self._over_groups(positions.sums(sample * inverse, squares * inverse))
         k, mean_square = positions.parts(pair)
         return k, _significant_variance(k, mean_square.real)

@@ -39,7 +39,8 @@ class GroupNorm(nnx.Module):
         axis_name: Mapped axes over which the moments are shared.
         axis_index_groups: Which indices along `axis_name` share moments.
         channel_axis: The axis of the channels.
-        activation: An elementwise function applied to the result, such as `nnx.silu`.
+        activation: An elementwise function applied to the result, such as `nnx.silu`, or a module,
+            such as `nnx.PReLU()`.
         rngs: Where the initializers take their keys from.
         bias_metadata: Metadata of the bias, such as its sharding.
         scale_metadata: Metadata of the scale.

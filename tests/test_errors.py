@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 import jgn
 
@@ -16,7 +17,7 @@ IMMENSE = jax.ShapeDtypeStruct((1 << 30, 1 << 20, 12), "float32")
 
 
 class Unhashable:
-    """As a layer of equinox with parameters is: it has a hash, which raises TypeError."""
+    """As a module of flax.linen is inside another: it has a hash, which raises TypeError."""
 
     def __hash__(self):
         return hash([])
@@ -207,7 +208,8 @@ FUNCTION = [
         X,
         {"activation": Unhashable()},
         TypeError,
-        "activation must be hashable, as what is compiled is found again by it: got Unhashable().",
+        "activation must be hashable but for its arrays, as what is compiled is found again by it: "
+        "got Unhashable; call it on the result instead.",
     ),
     (X, {"dtype": "int32"}, TypeError, "dtype must be floating or complex: got int32."),
     (
@@ -251,6 +253,12 @@ FUNCTION = [
         {"activation": lambda y: None},
         ValueError,
         "activation must be elementwise: got None for an x of shape (2, 3, 12).",
+    ),
+    (
+        X,
+        {"activation": lambda y: jax.lax.complex(y, y)},
+        ValueError,
+        "activation must give real numbers for an output of float32: got complex64.",
     ),
     (
         X,
@@ -373,6 +381,15 @@ def test_a_traced_number_is_told_that_it_must_not_be(name):
 
     with pytest.raises(TypeError, match=f"^{name} must be .* known when the call is traced: got "):
         jax.jit(normalized)(2)
+
+
+@pytest.mark.parametrize("size", ["c", "4*c"])
+@pytest.mark.parametrize("groups", [{"num_groups": 4}, {"num_groups": None, "group_size": 4}])
+def test_a_symbolic_number_of_channels_is_refused(size, groups):
+    x = jax.ShapeDtypeStruct(export.symbolic_shape(f"n, 8, {size}"), "float32")
+    rule = f"the number of channels must be known when the call is traced: got {size}; other "
+    with pytest.raises(ValueError, match=re.escape(rule)):
+        export.export(jax.jit(jgn.GroupNorm(**groups).apply))({}, x)
 
 
 def test_an_unbound_axis_name_is_named():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import random
+from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec
 from oracle import Oracle, tolerance
 
@@ -207,6 +208,13 @@ def test_tabulate_shows_the_layer_and_its_parameters():
     assert "GroupNorm" in row
     assert "bias: float32[8]" in row
     assert "float32[3,6,5,8]" in row
+
+
+def test_its_one_call_is_the_only_one_that_flax_lists():
+    _, state = Compact().init_with_output(
+        KEY, X, capture_intermediates=lambda module, _: isinstance(module, jgn.GroupNorm)
+    )
+    assert list(flatten_dict(state["intermediates"])) == [("norm", "__call__")]
 
 
 def test_its_repr_shows_the_configuration():

@@ -326,8 +326,9 @@ def test_compiled_no_loop_over_x_computes_pivots(num_groups):
     hlo = jax.jit(lambda x: jgn.group_norm(x, num_groups)).lower(x).compile().as_text()
     computations = re.findall(r"^%?\S+ \(.*?^\}", hlo, flags=re.MULTILINE | re.DOTALL)
     over_x = [c for c in computations if re.search(r"f32\[2,16,16,24\]\S* parameter\(", c)]
-    assert len(over_x) >= 2
-    for computation in over_x:
+    over_all_of_x = [c for c in over_x if " slice(" not in c]  # The others are over its sample.
+    assert len(over_all_of_x) >= 2
+    for computation in over_all_of_x:
         assert not re.search(r" (clamp|maximum|minimum|compare|select)\(", computation)
     assert re.search(r" (clamp|maximum|minimum)\(", hlo)
 

@@ -23,6 +23,7 @@ from jgn.examples.digits import (
     steps_per_epoch,
     train_step,
 )
+from jgn.examples.options import positive
 
 BATCH_SIZES = (2, 4, 8, 16, 32)
 CHANNELS = 16  # and 32 in the network's later layers
@@ -87,26 +88,41 @@ def main(arguments: list[str] | None = None) -> int:
     """Trains what the file does not have yet, and returns the exit status."""
     options = _parser().parse_args(arguments)
     run = {"epochs": options.epochs, "seeds": options.seeds, "channels": CHANNELS}
-    report = {**run, "results": []}
-    if options.out.exists():
-        report = json.loads(options.out.read_text())
+    try:
+        report = _read(options.out) if options.out.exists() else {**run, "results": []}
         if run != {name: report[name] for name in run}:
-            print(
-                f"error: {options.out} has results of other options; choose another --out.",
-                file=sys.stderr,
-            )
-            return 1
+            raise ValueError("it has results of other options; choose another --out.")
+        _write(report, options.out)  # Before any work, which would be lost.
+        return _train(report, options)
+    except (OSError, ValueError) as error:
+        print(f"error: {options.out}: {error}", file=sys.stderr)
+        return 1
+
+
+def _train(report: dict[str, Any], options: argparse.Namespace) -> int:
     train, test = load()
     finished = [result["setting"] for result in report["results"]]
     left = [setting for setting in settings() if setting not in finished]
     for setting in tqdm(left, "settings", disable=not sys.stderr.isatty()):
         *_, errors = test_errors(train, test, epochs=options.epochs, seeds=options.seeds, **setting)
         report["results"].append({"setting": setting, "test_errors": errors})
-        written = options.out.with_suffix(".partial")
-        written.write_text(json.dumps(report, indent=1))
-        written.replace(options.out)
+        _write(report, options.out)
     print(f"the test errors of {len(report['results'])} settings are in {options.out}")
     return 0
+
+
+def _read(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        report = json.loads(file.read_text())
+        return {name: report[name] for name in ("epochs", "seeds", "channels", "results")}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError("it is no file of results; choose another --out.") from None
+
+
+def _write(report: dict[str, Any], file: pathlib.Path) -> None:
+    written = file.with_name(f"{file.name}.partial")
+    written.write_text(json.dumps(report, indent=1))
+    written.replace(file)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -118,8 +134,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--epochs", type=int, default=10, help="passes over the training images")
-    add("--seeds", type=int, default=8, help="networks trained for each setting")
+    add("--epochs", type=positive, default=10, help="passes over the training images")
+    add("--seeds", type=positive, default=8, help="networks trained for each setting")
     add("--out", type=pathlib.Path, default=pathlib.Path("batch_size.json"), help="file of results")
     return parser
 

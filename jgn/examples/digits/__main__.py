@@ -25,6 +25,7 @@ from jgn.examples.digits.training import (
     steps_per_epoch,
     train_step,
 )
+from jgn.examples.options import positive
 
 # In every process that goes on with a run, the same programs. For a GPU each would time several
 # convolutions anew, and take one of those that round in another way; on a CPU nothing changes.
@@ -194,14 +195,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--norm", choices=NORMS, default="group", help="the normalization before each SiLU")
-    add("--groups", type=_positive, default=8, help="groups of channels, for --norm group")
-    add("--batch-size", type=_positive, default=32, help="images a step")
-    add("--epochs", type=_positive, default=15, help="passes over the 1,437 training images")
+    add("--groups", type=positive, default=8, help="groups of channels, for --norm group")
+    add("--batch-size", type=positive, default=32, help="images a step")
+    add("--epochs", type=positive, default=15, help="passes over the 1,437 training images")
     add("--learning-rate", type=_rate, default=3e-3, help="AdamW's, at its highest")
     add("--seed", type=_seed, default=0, help="decides parameters, order and augmentation")
     add(
         "--devices",
-        type=_positive,
+        type=positive,
         default=1,
         help="devices that share each batch; on a machine with only a CPU they are simulated",
     )
@@ -212,13 +213,6 @@ def _parser() -> argparse.ArgumentParser:
         help="directory of this run's checkpoints, metrics and curves",
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more: got {number}")
-    return number
 
 
 def _seed(text: str) -> int:

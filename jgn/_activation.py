@@ -1,0 +1,42 @@
+"""An activation in two parts: the arrays of it, and what a compiled function is found again by."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import Array
+
+
+class ActivationWithoutArrays(NamedTuple):
+    """What is left of an activation, a pytree: most often the function that is its one leaf."""
+
+    structure: Any
+    leaves: tuple[Any, ...]
+
+    def with_arrays(self, arrays: list[Array | None]) -> Callable[[Array], Array] | None:
+        leaves = zip(arrays, self.leaves, strict=True)
+        return jax.tree.unflatten(self.structure, [b if a is None else a for a, b in leaves])
+
+
+def split_activation(activation: Any) -> tuple[list[Array | None], ActivationWithoutArrays]:
+    """The arrays of an activation, with None for its other leaves, and what is left of it.
+
+    Raises:
+        TypeError: activation is neither None nor callable, or what is left of it has no hash.
+    """
+    if activation is not None and not callable(activation):
+        raise TypeError(f"activation must be callable: got {activation!r}.")
+    leaves, structure = jax.tree.flatten(activation)
+    are_arrays = [isinstance(leaf, Array | np.ndarray) for leaf in leaves]
+    arrays = [a if is_one else None for a, is_one in zip(leaves, are_arrays, strict=True)]
+    others = [None if is_one else b for b, is_one in zip(leaves, are_arrays, strict=True)]
+    without_arrays = ActivationWithoutArrays(structure, tuple(others))
+    try:
+        hash(without_arrays)
+    except TypeError:
+        raise TypeError(
+            "activation must be hashable but for its arrays, as what is compiled is found again by "
+            f"it: got {type(activation).__name__}; call it on the result instead."
+        ) from None
+    return arrays, without_arrays

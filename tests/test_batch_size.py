@@ -1,0 +1,85 @@
+"""The comparison over batch sizes and groups: its settings, its file, and bad options."""
+
+import json
+
+import pytest
+
+from jgn.examples import batch_size
+from jgn.examples.batch_size import main, settings
+
+
+@pytest.fixture(autouse=True)
+def no_training(monkeypatch):
+    """Training takes an hour; each setting ends with two errors, the last of two epochs'."""
+    trained = []
+
+    def test_errors(train, test, **setting):
+        trained.append(setting)
+        yield from ([0.5, 0.5], [0.25, 0.125])
+
+    monkeypatch.setattr(batch_size, "test_errors", test_errors)
+    monkeypatch.setattr(batch_size, "load", lambda: (None, None))
+    return trained
+
+
+def arguments(out, epochs=2, seeds=2):
+    return ["--out", str(out), "--epochs", str(epochs), "--seeds", str(seeds)]
+
+
+def test_every_setting_is_trained_once_and_written(tmp_path, no_training):
+    out = tmp_path / "errors.json"
+    assert main(arguments(out)) == 0
+    report = json.loads(out.read_text())
+    assert [result["setting"] for result in report["results"]] == settings()
+    assert all(result["test_errors"] == [0.25, 0.125] for result in report["results"])
+    assert no_training == [{"epochs": 2, "seeds": 2, **setting} for setting in settings()]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_it_goes_on_where_it_stopped(tmp_path, no_training):
+    out = tmp_path / "errors.json"
+    main(arguments(out))
+    report = json.loads(out.read_text())
+    kept, left = report["results"][:5], settings()[5:]
+    out.write_text(json.dumps({**report, "results": kept}))
+    no_training.clear()
+    assert main(arguments(out)) == 0
+    assert [setting["norm"] for setting in no_training] == [setting["norm"] for setting in left]
+    assert json.loads(out.read_text()) == report
+
+
+@pytest.mark.parametrize("options", [{"epochs": 0}, {"seeds": 0}, {"seeds": -1}])
+def test_counts_are_positive(tmp_path, capsys, options):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments(tmp_path / "errors.json", **options))
+    (value,) = options.values()
+    assert f"must be 1 or more: got {value}" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_be_written_is_told_before_any_work(tmp_path, capsys, no_training):
+    out = tmp_path / "missing" / "errors.json"
+    assert main(arguments(out)) == 1
+    assert f"error: {out}: [Errno 2] No such file or directory" in capsys.readouterr().err
+    assert not no_training
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            '{"epochs": 3, "seeds": 2, "channels": 16, "results": []}',
+            "it has results of other options; choose another --out.",
+        ),
+        ("not JSON", "it is no file of results; choose another --out."),
+        ('{"epochs": 2}', "it is no file of results; choose another --out."),
+        ("[]", "it is no file of results; choose another --out."),
+    ],
+)
+def test_another_file_is_refused_and_stays_as_it_is(tmp_path, capsys, no_training, text, reason):
+    out = tmp_path / "errors.json"
+    out.write_text(text)
+    assert main(arguments(out)) == 1
+    assert capsys.readouterr().err == f"error: {out}: {reason}\n"
+    assert out.read_text() == text
+    assert not no_training
