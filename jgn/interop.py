@@ -105,7 +105,7 @@ def to_torch(
         ImportError: torch is not installed.
         ValueError: the layer has an option that torch's has not; the variables are not the
             layer's; the channels are unknown, or not a multiple of the groups.
-        TypeError: `num_channels` is not an integer; a parameter is not numbers.
+        TypeError: `num_channels` is not an integer; a parameter is not floating or complex.
     """
     for option in ("dtype", "reduction_axes", "axis_name", "axis_index_groups", "activation"):
         value = getattr(layer, option)
@@ -122,6 +122,9 @@ def to_torch(
             f"variables must hold the layer's parameters, {wanted}: got {list(params)}."
         )
     arrays = {name: _array(params[name], name) for name in wanted}
+    for name, values in arrays.items():
+        if not jnp.issubdtype(values.dtype, jnp.inexact):
+            raise TypeError(f"{name} must be floating or complex: got {values.dtype}.")
     shapes = {values.shape for values in arrays.values()}
     if num_channels is not None:
         shapes.add((positive_integer(num_channels, "num_channels"),))
@@ -173,17 +176,19 @@ def convert_params(
     of rank 1; the weight of a convolution or a linear layer has more axes than its bias. Parameters
     that `vmap` or `scan` stacked keep to that. A bias alone could be anything's, and stays, unless
     `where` chooses it. Layer normalizations look the same, and are renamed the same in all these
-    frameworks. So do torch's PReLU, and its batch normalization without the running statistics: a
-    tree that has these needs `where`.
+    frameworks. So do torch's PReLU, its batch normalization without the running statistics, and
+    flax's WeightNorm: a tree that has these needs `where`.
 
     Args:
         params: Mappings, lists and tuples, nested; names may be joined by "." or "/" into one, as
-            in a `state_dict`. All else is a leaf.
+            in a `state_dict`, or stand in a tuple, as `flatten_dict` leaves them. All else is a
+            leaf.
         source: Whose names the tree has.
         target: Whose names to give it.
         where: Chooses the nodes to rename among all whose names are of the source's two, in place
             of the rule above. It is called with the node's path, a tuple of keys and indices; for
-            joined names, the last of them is what stands before the last "." or "/".
+            joined names, the last of them is what stands before the last "." or "/"; a tuple's
+            names follow one by one.
 
     Returns:
         A tree of the same containers and of the very same leaves. No value is changed: neither
@@ -233,30 +238,41 @@ def _new_keys(
     path: tuple[Any, ...],
     names: dict[str, str],
     where: Callable[[tuple[Any, ...]], bool] | None,
-) -> dict[str, str]:
+) -> dict[Any, Any]:
     """The keys to rename in one mapping, each with what it becomes."""
-    nodes: dict[str, dict[str, str]] = {}
-    for key in filter(lambda key: isinstance(key, str), tree):
-        prefix = re.sub(r"[^./]*\Z", "", key)
-        nodes.setdefault(prefix, {})[key.removeprefix(prefix)] = key
+    nodes: dict[Any, dict[Any, Any]] = {}
+    for key in tree:
+        prefix, name = _split(key)
+        nodes.setdefault(prefix, {})[name] = key
 
-    def is_chosen(prefix: str, keys: dict[str, str]) -> bool:
+    def is_chosen(prefix: Any, keys: dict[Any, Any]) -> bool:
         values = [tree[key] for key in keys.values()]
         if not keys.keys() <= names.keys() or any(isinstance(v, _CONTAINERS) for v in values):
             return False
         if where is not None:
-            return where((*path, prefix[:-1]) if prefix else path)
+            names_before = prefix if isinstance(prefix, tuple) else filter(None, [prefix[:-1]])
+            return where((*path, *names_before))
         shapes = {getattr(meta.unbox(value), "shape", None) for value in values}
         if len(keys) == 2:
             return len(shapes) == 1 and shapes != {None}
         return next(iter(names)) in keys and len(shapes.pop() or ()) == 1
 
     return {
-        key: prefix + names[name]
+        key: (*prefix, names[name]) if isinstance(prefix, tuple) else prefix + names[name]
         for prefix, keys in nodes.items()
         if is_chosen(prefix, keys)
         for name, key in keys.items()
     }
+
+
+def _split(key: Any) -> tuple[Any, Any]:
+    """What stands before the name of a parameter, and the name."""
+    if isinstance(key, tuple) and key:
+        return key[:-1], key[-1]
+    if not isinstance(key, str):
+        return None, key
+    prefix = re.sub(r"[^./]*\Z", "", key)
+    return prefix, key.removeprefix(prefix)
 
 
 _CONTAINERS = (Mapping, list, tuple)
@@ -283,4 +299,4 @@ def _array(value: Any, name: str) -> np.ndarray:
         array = np.asarray(jax.dlpack.from_dlpack(value))
     if not jnp.issubdtype(array.dtype, jnp.number):
         raise TypeError(f"{name} must be an array of numbers: got {value!r:.60}.")
-    return array.copy()
+    return array.astype(array.dtype.newbyteorder("="))

@@ -281,6 +281,28 @@ def test_a_number_of_channels_that_is_no_integer_is_named():
         to_torch(layer, {}, num_channels=12.0)
 
 
+@pytest.mark.parametrize("order", "<>")
+def test_a_parameter_of_either_byte_order_keeps_its_values(order):
+    scale, bias = np.arange(8, dtype=f"{order}f4"), np.ones(8, f"{order}f4")
+    module = types.SimpleNamespace(
+        num_groups=2, num_channels=8, eps=1e-5, affine=True, weight=scale, bias=bias
+    )
+    layer, variables = from_torch(module)
+    x = random((2, 8, 3))
+    wanted = jgn.group_norm(x, 2, np.arange(8.0, dtype="f4"), np.ones(8, "f4"), channel_axis=1)
+    np.testing.assert_array_equal(layer.apply(variables, x), wanted)
+    pytest.importorskip("torch")
+    back = to_torch(jgn.GroupNorm(2), {"params": {"scale": scale, "bias": bias}})
+    assert back.weight.tolist() == list(range(8))
+
+
+def test_a_parameter_that_torch_cannot_learn_is_named():
+    pytest.importorskip("torch")
+    params = {"scale": np.arange(8), "bias": np.zeros(8, np.float32)}
+    with pytest.raises(TypeError, match=r"^scale must be floating or complex: got int64\.$"):
+        to_torch(jgn.GroupNorm(2), {"params": params})
+
+
 def test_without_torch_the_way_out_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ImportError, match=r"to_torch needs torch.*convert_params\(params, source="):
@@ -438,6 +460,17 @@ def test_joined_names_keep_what_stands_before(separator):
         "1.bias",
     )
     assert list(converted) == [name.replace(".", separator) for name in wanted]
+
+
+def test_a_tuple_of_names_is_understood_as_joined_names_are():
+    names = [("a", "scale"), ("a", "bias"), ("a", "b", "kernel"), ("scale",), ("bias",), ()]
+    flat = {name: random((4, 3) if "kernel" in name else (CHANNELS,)) for name in names}
+    converted = convert_params(flat, source="jgn", target="keras")
+    wanted = [("a", "gamma"), ("a", "beta"), ("a", "b", "kernel"), ("gamma",), ("beta",), ()]
+    assert list(converted) == wanted
+    seen = []
+    convert_params([flat], source="jgn", target="keras", where=seen.append)
+    assert seen == [(0, "a"), (0,)]
 
 
 def test_where_chooses_instead_of_the_rule():
