@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from oracle import Oracle, tolerance
 
+from jgn.bench import __main__ as command
 from jgn.bench import contenders, report
 from jgn.bench.__main__ import Worker, WorkerError, _measure, _write, main
 from jgn.bench.workloads import WORKLOADS
@@ -157,6 +159,74 @@ def test_the_reference_is_the_equation():
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
 
 
+def test_every_pass_of_the_floor_does_what_its_name_says():
+    workload = WORKLOADS[5].small()  # Its channels are first.
+    x, scale, bias, _ = workload.inputs(0)
+    floor = contenders.make("floor", workload, "float32", 0, jax.default_backend())
+    x = x.astype(np.float64)
+    expected = {
+        "copy": -x,
+        "sum": x.sum((2, 3)),
+        "sum of squares": (x**2).sum((2, 3)),
+        "multiply-add": x * scale[:, None, None] + bias[:, None, None],
+    }
+    for name, call in floor.calls.items():
+        atol = tolerance("float32", x[0, 0].size) * np.abs(expected[name]).max()
+        np.testing.assert_allclose(call(), expected[name], rtol=0, atol=atol, err_msg=name)
+
+
+def test_the_cotangent_comes_of_y(monkeypatch):
+    # Read before XLA optimizes it: the kernels of a CPU are the same either way.
+    programs = []
+    compiled = jax.stages.Lowered.compile
+
+    def recorded(lowered):
+        programs.append(lowered.as_text())
+        return compiled(lowered)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", recorded)
+    monkeypatch.setitem(contenders._JAX, "jgn", lambda _: lambda x, scale, bias: x * scale + bias)
+    contenders.make("jgn", WORKLOADS[0].small(), "float32", 0, jax.default_backend())
+    (both,) = (program for program in programs if "%arg3" in program)
+    assert both.count("%arg3") == 2, "an argument, and that of one operation"
+    y = re.search(r"(%\d+):2 = stablehlo.optimization_barrier %\d+, %arg3", both)
+    assert y, both
+    assert f"return {y[1]}#0" in both
+
+
+def test_temporary_bytes_are_those_of_each_program():
+    # flax's backward pass has arrays of x's size between kernels, its forward pass has none.
+    workload = WORKLOADS[15].small()
+    facts = contenders.make("flax", workload, "float32", 0, jax.default_backend()).facts()
+    assert facts["forward_temporary_bytes"] < facts["temporary_bytes"]
+
+
+def test_torch_is_called_in_whichever_layout_is_faster(monkeypatch):
+    pytest.importorskip("torch")
+
+    def called(liked):
+        return lambda torch, x, cotangent: x.is_contiguous() == cotangent.is_contiguous() == liked
+
+    monkeypatch.setattr(contenders.Torch, "_forward", called(True))
+    monkeypatch.setattr(contenders.Torch, "_both", called(False))
+    # Only the best time counts.
+    monkeypatch.setattr(contenders, "times", lambda call, *_: [1.0, 9.0] if call() else [2.0])
+    torch = contenders.make("torch", WORKLOADS[0].small(), "float32", 0, "cpu")
+    assert all(call() for call in torch.calls.values())
+    assert list(torch.facts()["layouts"].values()) == ["contiguous_format", "channels_last"]
+
+
+def test_on_a_cpu_the_first_call_is_not_counted(monkeypatch):
+    clock = [0.0]
+    durations = iter([10.0, 1.0, 1.0, 1.0])
+
+    def call():
+        clock[0] += next(durations)
+
+    monkeypatch.setattr(contenders.time, "perf_counter", lambda: clock[0])
+    assert contenders.times(call, 0, None, "cpu") == [1.0, 1.0, 1.0]
+
+
 def test_on_a_gpu_a_call_takes_as_long_as_its_kernels():
     calls = []
 
@@ -215,6 +285,15 @@ def test_a_worker_tells_its_error_and_is_started_again_after_its_end():
         worker.close()
 
 
+def test_a_worker_has_the_settings_it_is_given():
+    worker = Worker("jgn", {"JAX_PLATFORMS": "nonesuch"})
+    try:
+        with pytest.raises(WorkerError, match="nonesuch"):
+            worker.ask(device="")
+    finally:
+        worker.close()
+
+
 class Scripted:
     """Stands for a worker: answers with given times, and fails in a given turn of its own."""
 
@@ -244,6 +323,48 @@ def test_contenders_take_turns_and_one_that_fails_sits_out():
     assert results[0]["contenders"].keys() == {"jgn"}
     assert results[0]["contenders"]["jgn"]["forward"] == {"best": 1, "median": 2, "spread": 2}
     assert results[0]["floor"].keys() == set(contenders.FLOORS)
+
+
+def compared(monkeypatch, platform, peers=None):
+    """What is reported of scripted workers on a device, and the settings that each started with."""
+    settings_of = {}
+
+    class OnDevice(Scripted):
+        def __init__(self, contender, settings):
+            super().__init__(contender, 1.0)
+            settings_of[contender] = settings
+
+        def ask(self, **request):
+            return {"platform": platform} if "device" in request else super().ask(**request)
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(command, "Worker", OnDevice)
+    return command.compare(WORKLOADS[:1], ["float32"], peers, 1), settings_of
+
+
+def test_every_process_has_the_settings_and_torchs_on_a_cpu_its_own(monkeypatch):
+    _, found = compared(monkeypatch, "cpu", ["flax", "torch"])
+    bound = {**command.SETTINGS, **command.TORCH_SETTINGS}
+    assert found == {**dict.fromkeys(("floor", "jgn", "flax"), command.SETTINGS), "torch": bound}
+    _, found = compared(monkeypatch, "gpu", ["torch"])
+    assert found["torch"] == command.SETTINGS
+
+
+def test_compiled_torch_is_a_peer_on_a_gpu_only_unless_named(monkeypatch):
+    monkeypatch.setattr(command, "is_installed", lambda name: True)
+    for platform, peers, expected in (
+        ("gpu", None, list(contenders.PEERS)),
+        ("cpu", None, [name for name in contenders.PEERS if name != "torch-compiled"]),
+        ("cpu", ["torch-compiled"], ["torch-compiled"]),
+    ):
+        assert compared(monkeypatch, platform, peers)[0]["peers"] == expected
+
+
+def test_a_package_that_is_missing_is_absent_once(monkeypatch):
+    monkeypatch.setattr(command, "is_installed", lambda name: not name.startswith("torch"))
+    assert compared(monkeypatch, "cpu")[0]["absent"] == ["torch"]
 
 
 def run(*arguments):
@@ -331,15 +452,72 @@ def test_the_list_names_every_workload(capsys):
     assert names == ["workload", *(workload.name for workload in WORKLOADS)]
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    file = tmp_path / "b.json"
-    _write(file, b"first")
+@pytest.mark.parametrize("name", ["b.json", "link"])
+def test_a_file_is_written_whole_or_not_at_all_through_a_link_too(tmp_path, monkeypatch, name):
+    file, link = tmp_path / "b.json", tmp_path / "link"
+    link.symlink_to(file)
+    _write(tmp_path / name, b"first")
     with monkeypatch.context() as patch:
         patch.setattr(pathlib.Path, "replace", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            _write(file, b"second")
+            _write(tmp_path / name, b"second")
     assert file.read_bytes() == b"first"
-    assert list(tmp_path.iterdir()) == [file]
+    assert link.is_symlink()
+    assert set(tmp_path.iterdir()) == {file, link}
+
+
+def test_a_device_is_written_into_though_its_directory_takes_no_file(tmp_path, monkeypatch):
+    measured = report_of(result(jgn=1.0))
+    monkeypatch.setattr(command, "compare", lambda *_: measured)
+    monkeypatch.setattr(os, "access", lambda path, _: not os.path.isdir(path))
+    pipe = tmp_path / "pipe"  # In place of a device, which a broken program could replace.
+    os.mkfifo(pipe)
+    with open(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)) as reader:
+        assert main(["--json", str(pipe)]) == 0
+        assert json.load(reader) == measured
+    assert pipe.is_fifo()
+
+
+@pytest.mark.parametrize("lost", [["b.json"], ["b.svg"], ["b.json", "b.svg"]], ids=str)
+def test_a_file_that_cannot_be_written_is_told_and_the_other_is_written(
+    tmp_path, monkeypatch, capsys, lost
+):
+    pytest.importorskip("matplotlib")
+    directory = tmp_path / "directory"
+    directory.mkdir()
+
+    def compare(*_):
+        directory.rmdir()
+        return report_of(result(jgn=1.0, flax=2.0))
+
+    monkeypatch.setattr(command, "compare", compare)
+    json_file, plot_file = (
+        (directory if name in lost else tmp_path) / name for name in ("b.json", "b.svg")
+    )
+    assert main(["--json", str(json_file), "--plot", str(plot_file)]) == 1
+    told = capsys.readouterr().err
+    for file in (json_file, plot_file):
+        assert file.exists() == (file.name not in lost)
+        assert (f"cannot write {file}: " in told) == (file.name in lost)
+
+
+@pytest.mark.parametrize(("failed", "status"), [({}, 0), ({"flax, w, float32": "no memory"}, 1)])
+def test_the_exit_status_tells_of_a_contender_that_failed(monkeypatch, failed, status):
+    measured = report_of(result(jgn=1.0), failed=failed)
+    monkeypatch.setattr(command, "compare", lambda *_: measured)
+    assert main([]) == status
+
+
+def test_a_stop_by_hand_ends_the_command_without_a_file(tmp_path, monkeypatch, capsys):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "compare", stopped)
+    # Uncaught here, a KeyboardInterrupt would end pytest, too.
+    with pytest.raises((SystemExit, KeyboardInterrupt), match=r"^130$"):
+        main(["--json", str(tmp_path / "b.json")])
+    assert "Stopped; nothing is written." in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_tools_are_told_before_any_work(monkeypatch, capsys):
@@ -357,11 +535,32 @@ def test_missing_tools_are_told_before_any_work(monkeypatch, capsys):
         (["--peers", "tensorflow"], "invalid choice: 'tensorflow'"),
         (["--dtype", "float64"], "invalid choice: 'float64'"),
         (["--json", "absent/b.json"], "there is no directory "),
+        (["--json", "."], ". cannot be written."),
         (["--plot", "b.doc"], "--plot must end in .png, .svg or .pdf: got b.doc."),
     ],
     ids=str,
 )
-def test_bad_options_are_told_before_any_work(capsys, arguments, text):
+def test_bad_options_are_told_before_any_work(monkeypatch, capsys, arguments, text):
+    monkeypatch.setattr(command, "compare", None)
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert text in capsys.readouterr().err
+
+
+def test_a_directory_that_takes_no_file_is_told_before_any_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "compare", None)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # Root may write anywhere.
+    with pytest.raises(SystemExit, match="2"):
+        main(["--json", str(tmp_path / "b.json")])
+    assert f"{tmp_path / 'b.json'} cannot be written." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["b.svg", "link"])
+def test_one_file_for_both_is_told_before_any_work(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setattr(command, "compare", None)
+    json_file, plot_file = tmp_path / name, tmp_path / "b.svg"
+    (tmp_path / "link").symlink_to("b.svg")
+    with pytest.raises(SystemExit, match="2"):
+        main(["--json", str(json_file), "--plot", str(plot_file)])
+    told = capsys.readouterr().err
+    assert f"--json and --plot must be two files: got {json_file} and {plot_file}." in told

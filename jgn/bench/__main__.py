@@ -252,12 +252,15 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
             parser.error(f"{name} is not installed: the package {PACKAGES[name]!r} is missing.")
     if options.rounds < 1:
         parser.error(f"--rounds must be 1 or more: got {options.rounds}.")
-    for file in filter(None, (options.json, options.plot)):
-        directory = file.absolute().parent
+    files = [file for file in (options.json, options.plot) if file]
+    for file in files:
+        directory = _behind_links(file).parent
         if not directory.is_dir():
             parser.error(f"there is no directory {directory} for {file.name}.")
-        if file.is_dir() or not os.access(directory, os.W_OK):
+        if file.is_dir() or not os.access(file if _is_device(file) else directory, os.W_OK):
             parser.error(f"{file} cannot be written.")
+    if len(set(map(_behind_links, files))) < len(files):
+        parser.error(f"--json and --plot must be two files: got {options.json} and {options.plot}.")
     if options.plot and _kind(options.plot) not in ("png", "svg", "pdf"):
         parser.error(f"--plot must end in .png, .svg or .pdf: got {options.plot.name}.")
     for package in ("tqdm", "matplotlib") if options.plot else ("tqdm",):
@@ -269,8 +272,20 @@ def _kind(picture: pathlib.Path) -> str:
     return picture.suffix[1:].lower()
 
 
+def _behind_links(file: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(os.path.realpath(file))
+
+
+def _is_device(file: pathlib.Path) -> bool:
+    return file.exists() and not file.is_file()
+
+
 def _write(file: pathlib.Path, content: bytes) -> None:
-    """Writes a file as a whole or not at all."""
+    """Writes a file as a whole or not at all; what a link points to, and into a device."""
+    if _is_device(file):
+        file.write_bytes(content)
+        return
+    file = _behind_links(file)
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         unfinished.write_bytes(content)
@@ -280,7 +295,7 @@ def _write(file: pathlib.Path, content: bytes) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures, prints the tables, and returns the exit status: 1 if a contender failed."""
+    """Measures, prints the tables, and returns the exit status: 1 if anything failed."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.list:
@@ -300,14 +315,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         parser.exit(130, "\nStopped; nothing is written.\n")
     print(reporting.table(report))
-    try:
-        if options.json:
-            _write(options.json, (json.dumps(report, indent=1) + "\n").encode())
-        if options.plot:
-            _write(options.plot, reporting.chart(report, _kind(options.plot)))
-    except OSError as error:
-        parser.exit(1, f"cannot write: {error}\n")
-    return 1 if report["failed"] else 0
+    status = 1 if report["failed"] else 0
+    for file, content in (
+        (options.json, lambda: (json.dumps(report, indent=1) + "\n").encode()),
+        (options.plot, lambda: reporting.chart(report, _kind(options.plot))),
+    ):
+        if file:
+            try:
+                _write(file, content())
+            except OSError as error:
+                print(f"cannot write {file}: {error}", file=sys.stderr)
+                status = 1
+    return status
 
 
 if __name__ == "__main__":
