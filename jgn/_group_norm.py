@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Num
 
@@ -193,16 +194,17 @@ def _group_norm(
     activation = activation_without.with_arrays(activation_arrays)
 
     # The barrier before x keeps XLA from merging the differences x − k of the forward pass with
-    # those of the backward pass, which would keep a second array of x's size in between. Groups of
+    # those of the backward pass, which would keep a second array of x's size in between. (With one
+    # before x alone, JAX fails wherever a `jax.checkpoint` around this one saves more.) Groups of
     # one position do without, as kernels may contain their sums: see `Positions.once_a_channel`.
     @functools.partial(
         jax.checkpoint,
         policy=jax.checkpoint_policies.save_only_these_names(residuals),
-        prevent_cse=(reduction.positions.number != 1, *[False] * 5),
+        prevent_cse=reduction.positions.number != 1,
     )
     def normalized(x, k, q, n, scale, bias):
-        scale = None if scale is None else _rows(scale.astype(compute_dtype), axes)
-        bias = None if bias is None else _rows(bias.astype(compute_dtype), axes)
+        scale = None if scale is None else _rows(scale.astype(compute_dtype), x, axes)
+        bias = None if bias is None else _rows(bias.astype(compute_dtype), x, axes)
         y = _normalize(widened(x), k, q, n, scale, bias, reduction, epsilon)
         y = y if activation is None else activation(y)
         if getattr(y, "shape", None) != x.shape:
@@ -260,8 +262,13 @@ def _inverse_sqrt(x: Array) -> Array:
     return 1 / jnp.sqrt(jnp.where(x == 0, jnp.inf, x))
 
 
-def _rows(values: Array, axes: Axes) -> Array:
-    """Gives (channels,) the rank of (*batch, channels)."""
+def _rows(values: Array, x: Array, axes: Axes) -> Array:
+    """Gives (channels,) the rank of (*batch, channels), and explicit shardings those of x."""
+    spec = jax.typeof(x).sharding.spec
+    rows = [spec[axis] for axis in (*axes.batch, axes.channel)]
+    wanted = PartitionSpec(*rows[len(rows) - values.ndim :])
+    if any(jax.typeof(values).sharding.spec) and jax.typeof(values).sharding.spec != wanted:
+        values = jax.sharding.reshard(values, wanted)
     return jnp.expand_dims(values, range(len(axes.batch) + 1 - values.ndim))
 
 

@@ -55,6 +55,14 @@ class Shards(NamedTuple):
             return values
         return lax.psum(values, self.axis_name, axis_index_groups=self.axis_index_groups)
 
+    def count(self, on_each: int) -> Any:
+        """How many elements there are on all of them: a number, unless that differs."""
+        if len({len(group) for group in self.axis_index_groups or ()}) > 1:
+            # Of a number lax.psum makes as many as the first group has indices, for every group.
+            on_each = jnp.asarray(on_each)
+        (count,) = self.sum(on_each)
+        return count
+
 
 class Reduction(NamedTuple):
     """What makes up a group: its positions and channels, on all shards, where mask is True."""
@@ -116,8 +124,7 @@ class Reduction(NamedTuple):
         """How many elements of x count in every group, but at least 1: a number where known."""
         positions = self.positions.of(x)
         if self.mask is None:
-            (count,) = self.shards.sum(positions.number * self.groups.size)
-            return count
+            return self.shards.count(positions.number * self.groups.size)
         counted = positions.count(self.mask, jnp.finfo(x.dtype).dtype)
         return jnp.maximum(self._over_groups(counted), 1)
 

@@ -350,9 +350,30 @@ MUTANTS = (
     Mutant(
         "differences merged across the passes",
         "_group_norm.py",
-        "prevent_cse=(reduction.positions.number != 1, *[False] * 5)",
+        "prevent_cse=reduction.positions.number != 1",
         "prevent_cse=False",
         ("residuals",),
+    ),
+    Mutant(
+        "an activation's arrays stay what they were in the first call",
+        "_activation.py",
+        "[isinstance(leaf, Array | np.ndarray) for leaf in leaves]",
+        "[False for leaf in leaves]",
+        ("activation",),
+    ),
+    Mutant(
+        "squares of the sample overflow",
+        "_moments.py",
+        "jnp.minimum(_squared_magnitude(sample), largest)",
+        "_squared_magnitude(sample)",
+        ("values",),
+    ),
+    Mutant(
+        "as many shards in every index group as in the first",
+        "_moments.py",
+        "on_each = jnp.asarray(on_each)",
+        "pass",
+        ("sharding",),
     ),
     # Masks and what is not finite
     Mutant(

@@ -268,6 +268,52 @@ def test_index_groups_share_statistics_among_themselves():
     np.testing.assert_allclose(gradient(shared), gradient(apart), rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_index_groups_may_differ_in_size(masked):
+    mesh = mesh_of(AxisType.Auto, a=8)
+    mask = np.ones((), bool) if masked else None
+    shared = jax.shard_map(
+        lambda x: jgn.group_norm(
+            x, ALIGNED, mask=mask, axis_name="a", axis_index_groups=[range(6), [6, 7]]
+        ),
+        mesh=mesh,
+        in_specs=P(None, "a"),
+        out_specs=P(None, "a"),
+        check_vma=False,
+    )
+    apart = [jgn.group_norm(part, ALIGNED) for part in np.split(X, [12], axis=1)]
+    np.testing.assert_allclose(shared(X), np.concatenate(apart, 1), rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize(
+    "x_spec", [P("data"), P(None, "data"), P("data", None, None, "model"), P()]
+)
+@pytest.mark.parametrize("values_spec", [P("data", "model"), P(None, "model"), P("model"), P()])
+@pytest.mark.parametrize("num_groups", [1, SPANNING, ALIGNED])
+def test_a_scale_and_a_bias_may_lie_otherwise_than_x(x_spec, values_spec, num_groups):
+    mesh = mesh_of(AxisType.Explicit, data=2, model=4)
+    rows = len(values_spec) == 2
+    scale, bias = (np.tile(v, (SHAPE[0], 1)) if rows else v for v in (SCALE, BIAS))
+    wanted = jgn.group_norm(X, num_groups, scale, bias)
+
+    def gradients(*arguments):
+        def loss(x, *parameters):
+            return (COTANGENT * jgn.group_norm(x, num_groups, *parameters)).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(*arguments)
+
+    wanted_gradients = gradients(X, scale, bias)
+    with jax.set_mesh(mesh):
+        x = jax.device_put(X, NamedSharding(mesh, x_spec))
+        placed = [jax.device_put(v, NamedSharding(mesh, values_spec)) for v in (scale, bias)]
+        y = jgn.group_norm(x, num_groups, *placed)
+        assert jax.typeof(y).sharding == jax.typeof(x).sharding
+        actual_gradients = gradients(x, *placed)
+    np.testing.assert_allclose(y, wanted, rtol=0, atol=5e-6)
+    for actual, gradient in zip(actual_gradients, wanted_gradients, strict=True):
+        np.testing.assert_allclose(actual, gradient, rtol=0, atol=1e-5 * np.abs(gradient).max())
+
+
 def test_an_axis_of_vmap_can_share_statistics():
     parts = jnp.asarray(X).reshape(SHAPE[0], 4, 4, *SHAPE[2:])
     y = jax.vmap(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export, lax
+from jax.experimental import checkify
 
 import jgn
 
@@ -103,6 +104,39 @@ def test_checkpoint_around_it():
     value, gradient = jax.value_and_grad(lambda x: jax.checkpoint(loss)(x))(X)
     chex.assert_trees_all_close(value, loss(X), rtol=1e-5)
     chex.assert_trees_all_close(gradient, jax.grad(loss)(X), **CLOSE)
+
+
+POLICIES = jax.checkpoint_policies
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        POLICIES.everything_saveable,
+        POLICIES.nothing_saveable,
+        POLICIES.dots_saveable,
+        POLICIES.dots_with_no_batch_dims_saveable,
+        POLICIES.save_anything_except_these_names("nothing"),
+        POLICIES.save_only_these_names("group_norm_moments", "group_norm_sums"),
+    ],
+)
+def test_checkpoint_around_it_whatever_it_saves(policy):
+    saving = jax.checkpoint(loss, policy=policy)
+    gradients = jax.grad(saving, (0, 1, 2))(X, SCALE, BIAS)
+    chex.assert_trees_all_close(gradients, jax.grad(loss, (0, 1, 2))(X, SCALE, BIAS), **CLOSE)
+
+
+@pytest.mark.parametrize("errors", [checkify.user_checks, checkify.float_checks])
+def test_checkify_finds_what_it_looks_for(errors):
+    def checked(x):
+        checkify.check((x < 1e3).all(), "an x of 1,000 or more")
+        return norm(x)
+
+    error, y = checkify.checkify(checked, errors=errors)(X)
+    error.throw()
+    chex.assert_trees_all_close(y, norm(X), **CLOSE)
+    error, _ = checkify.checkify(checked, errors=errors)(X.at[0].set(jnp.inf))
+    assert error.get()
 
 
 def test_scan_over_layers():
