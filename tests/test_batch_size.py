@@ -48,6 +48,24 @@ def test_it_goes_on_where_it_stopped(tmp_path, no_training):
     assert json.loads(out.read_text()) == report
 
 
+def test_an_interrupt_ends_it_with_130_and_tells_how_much_is_kept(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "errors.json"
+
+    def test_errors(train, test, *, norm, **_):
+        if norm == "layer":
+            raise KeyboardInterrupt
+        yield [0.5, 0.5]
+
+    monkeypatch.setattr(batch_size, "test_errors", test_errors)
+    assert main(arguments(out)) == 130
+    assert capsys.readouterr().err == (
+        f"stopped; 5 finished settings are kept in {out}, "
+        "and the same command goes on from there.\n"
+    )
+    results = json.loads(out.read_text())["results"]
+    assert [result["setting"] for result in results] == settings()[:5]
+
+
 @pytest.mark.parametrize("options", [{"epochs": 0}, {"seeds": 0}, {"seeds": -1}])
 def test_counts_are_positive(tmp_path, capsys, options):
     with pytest.raises(SystemExit, match="2"):

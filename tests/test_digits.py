@@ -1,17 +1,21 @@
 """The digits example: it learns, goes on to the bit where it was stopped, and loses nothing."""
 
+import contextlib
 import json
 import os
 import pathlib
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +31,7 @@ from jgn.examples.digits import (
     steps_per_epoch,
     train_step,
 )
+from jgn.examples.digits import __main__ as program
 from jgn.examples.digits.__main__ import main
 from jgn.examples.digits.checkpoints import Finished, Run, RunError
 from jgn.examples.digits.training import shifted
@@ -106,6 +111,18 @@ def first_state(**changes):
     steps = steps_per_epoch(1437, settings["batch_size"]) * settings["epochs"]
     network = Network(settings["norm"], settings["groups"])
     return create_state(network, jax.random.key(0), settings["learning_rate"], steps)
+
+
+class Linear(nn.Module):
+    """Compiles at once."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(10)(x.reshape(len(x), -1))
+
+
+def linear_state():
+    return create_state(Linear(), jax.random.key(0), 1e-2, 100)
 
 
 def finished(out):
@@ -190,6 +207,108 @@ def test_an_interrupt_ends_it_with_130_and_keeps_what_is_done(tmp_path):
         assert directory.restore(first_state(epochs=200)).history
 
 
+@pytest.fixture
+def run_with_step(tmp_path, monkeypatch, capsys):
+    """Runs two epochs of two batches here, with a step that trains nothing; what it says comes."""
+
+    def run_with(step):
+        monkeypatch.setattr(program, "_train_step", step)
+        monkeypatch.setattr(program, "_correct_predictions", lambda *_: 36)
+        options = {"norm": "none", "epochs": 2, "batch_size": 512, "seed": 1}
+        words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+        return main([*words, f"--out={tmp_path / 'run'}"]), capsys.readouterr().err
+
+    return run_with
+
+
+def nothing_learned(state, key, images, labels):
+    return state, 2.5, 51
+
+
+def test_an_interrupt_before_an_epoch_is_finished_promises_none(tmp_path, run_with_step):
+    def step(*batch):
+        signal.raise_signal(signal.SIGINT)
+        return nothing_learned(*batch)
+
+    stopped = "stopped before the first epoch was finished; the same command starts again.\n"
+    assert run_with_step(step) == (130, stopped)
+
+
+def test_a_second_interrupt_does_not_wait_for_the_step(run_with_step):
+    passed = []
+
+    def step(*batch):
+        for number in ("first", "second"):
+            signal.raise_signal(signal.SIGINT)
+            passed.append(number)
+        return nothing_learned(*batch)
+
+    code, _ = run_with_step(step)
+    assert (code, passed) == (130, ["first"])
+
+
+def failing(*_):
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("step", [nothing_learned, failing])
+def test_interrupts_are_afterwards_as_they_were(run_with_step, step):
+    def former(*_):
+        pass
+
+    before = signal.signal(signal.SIGINT, former)
+    try:
+        with contextlib.suppress(ZeroDivisionError):
+            run_with_step(step)
+        assert signal.getsignal(signal.SIGINT) is former
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_another_thread_may_train(run_with_step):
+    ends = []
+
+    def train():
+        with jax.numpy_dtype_promotion("standard"):
+            ends.append(run_with_step(nothing_learned))
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert ends == [(0, "")]
+
+
+@pytest.mark.parametrize("loss", [np.nan, np.inf])
+def test_a_loss_that_is_not_finite_ends_it_and_keeps_the_epochs_before(
+    tmp_path, run_with_step, loss
+):
+    losses = iter((2.5, 2.5, 2.5, loss))
+
+    def step(state, key, images, labels):
+        return state, next(losses), 51
+
+    assert run_with_step(step) == (
+        1,
+        "error: the loss is not finite in epoch 2; "
+        "choose a lower --learning-rate, and another --out.\n",
+    )
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_each_epoch_has_an_order_and_a_key_of_its_own(run_with_step):
+    keys, firsts = [], []
+
+    def step(state, key, images, labels):
+        keys.append(tuple(jax.random.key_data(key).tolist()))
+        firsts.append(np.asarray(images[0]))
+        return nothing_learned(state, key, images, labels)
+
+    assert run_with_step(step) == (0, "")
+    assert len(set(keys)) == 2
+    assert len(np.unique(firsts, axis=0)) == 4
+
+
 def test_a_finished_run_stays_as_it_is(uninterrupted):
     before = contents(uninterrupted / "checkpoints")
     result = run(uninterrupted)
@@ -212,14 +331,25 @@ def test_on_two_devices_it_learns_the_same_and_goes_on_with_one(tmp_path, uninte
 
 
 @NEEDS_TWO_DEVICES
-def test_the_batch_is_split_over_as_many_devices_as_asked_for():
-    program = (
-        "from jgn.examples.digits.__main__ import _parser, _shardings\n"
-        "replicated, split = _shardings(2, _parser())\n"
-        "assert len(split.device_set) == len(replicated.device_set) == 2\n"
-        "assert split.shard_shape((4,)) == (2,) and replicated.shard_shape((4,)) == (4,)\n"
+def test_each_device_computes_its_part_of_the_batch(tmp_path):
+    script = (
+        "import jax\n"
+        "from jgn.examples.digits import __main__ as program\n"
+        "def step(state, key, *batch):\n"
+        "    for array in jax.tree.leaves((state, batch)):\n"
+        "        assert len(array.sharding.device_set) == 2\n"
+        "    assert [part.sharding.shard_shape(part.shape)[0] for part in batch] == [512, 512]\n"
+        "    print('split')\n"
+        "    raise KeyboardInterrupt\n"
+        "program._train_step = step\n"
+        f"program.main(['--out', {str(tmp_path / 'run')!r}, '--norm', 'none',\n"
+        "    '--batch-size', '1024', '--devices', '2'])\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, env=ENVIRONMENT, timeout=120)
+    arguments = [sys.executable, "-c", script]
+    result = subprocess.run(
+        arguments, capture_output=True, text=True, env=COMPILED_BEFORE, timeout=120, check=False
+    )
+    assert result.stdout == "split\n", result.stderr
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="compilers write files of their own")
@@ -353,6 +483,50 @@ def test_other_settings_are_refused(uninterrupted, capsys):
     assert contents(uninterrupted) == before
 
 
+def test_a_file_in_place_of_the_checkpoints_is_named(tmp_path, capsys):
+    (tmp_path / "settings.json").write_text(json.dumps(SETTINGS))
+    (tmp_path / "checkpoints").touch()
+    code, errors = refused(capsys, "--out", tmp_path, *settings_as_options())
+    assert code == 1
+    assert errors == (
+        f"error: cannot write to {tmp_path}: [Errno 17] File exists: '{tmp_path}/checkpoints'; "
+        "choose another with --out.\n"
+    )
+
+
+def test_a_stray_checkpoint_is_named_as_it_is(tmp_path, capsys):
+    (tmp_path / "settings.json").write_text(json.dumps(SETTINGS))
+    (tmp_path / "checkpoints" / "03").mkdir(parents=True)
+    code, errors = refused(capsys, "--out", tmp_path, *settings_as_options())
+    assert code == 1
+    assert errors == (
+        "error: the checkpoint of epoch 3 is damaged: its files are not a whole checkpoint; "
+        f"remove {tmp_path}/checkpoints/03 to go on from the one before it.\n"
+    )
+
+
+def test_what_a_killed_save_left_is_removed(tmp_path):
+    left = tmp_path / "run" / "checkpoints" / "2.orbax-checkpoint-tmp"
+    with Run(tmp_path / "run", SETTINGS):
+        left.mkdir()
+    with Run(tmp_path / "run", SETTINGS) as directory:
+        directory.save(Finished(linear_state(), [{"loss": 0.1}]))  # At the latest now.
+        assert not left.exists()
+
+
+def test_a_file_that_finds_no_room_leaves_the_one_before_it(tmp_path):
+    with Run(tmp_path / "run", SETTINGS) as directory:
+        directory.write("metrics.json", b"former")
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3, limits[1]))
+        try:
+            with pytest.raises(RunError, match=r"^cannot write metrics.json in .*File too large"):
+                directory.write("metrics.json", b"latter")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "run" / "metrics.json").read_bytes() == b"former"
+
+
 def test_damaged_settings_are_refused(tmp_path, capsys):
     for damage in (b"", b'{"norm": "gro', b"[1]", b"{}"):
         (tmp_path / "settings.json").write_bytes(damage)
@@ -426,7 +600,15 @@ def test_a_changed_history_is_refused(tmp_path, uninterrupted):
         (("--groups", "0"), "--groups: must be 1 or more: got 0"),
         (("--batch-size", "2000"), "--batch-size must be at most the 1437 training images"),
         (("--batch-size", "6", "--devices", "4"), "--devices must divide --batch-size: got 4 for"),
-        (("--learning-rate", "nan"), "--learning-rate: must be positive and finite: got nan"),
+        (("--groups", "a"), "--groups: invalid positive_integer value: 'a'"),
+        (
+            ("--learning-rate", "nan"),
+            "--learning-rate: must be positive and finite in float32: got",
+        ),
+        (("--learning-rate", "1e300"), "must be positive and finite in float32: got 1e+300"),
+        (("--learning-rate", "1e-300"), "must be positive and finite in float32: got 1e-300"),
+        (("--learning-rate", "x"), "--learning-rate: invalid positive_number value: 'x'"),
+        (("--seed", "x"), "--seed: invalid seed value: 'x'"),
         (("--seed", "-1"), "--seed: must lie in [0, 2**32): got -1"),
         (("--norm", "weight"), "--norm: invalid choice: 'weight'"),
     ],
@@ -473,6 +655,29 @@ def test_shifting_moves_an_image_by_at_most_a_pixel():
     moved = shifted(jax.random.key(0), images)
     places = {tuple(place) for place in np.argwhere(np.asarray(moved))[:, 1:3]}
     assert places == {(row, column) for row in (3, 4, 5) for column in (3, 4, 5)}
+
+
+def test_each_key_and_each_step_shifts_its_batch_in_another_way():
+    train, _ = load()
+    batch = train.images[:32], train.labels[:32]
+    losses = []
+    for key, step in ((0, 0), (1, 0), (0, 1)):
+        state = linear_state()
+        state = state.replace(step=jnp.asarray(step, jnp.int32))
+        losses.append(float(train_step(state, jax.random.key(key), *batch)[1]))
+    assert len(set(losses)) == 3
+
+
+def test_of_a_large_gradient_only_the_direction_counts():
+    """AdamW alone would be slow after one that is out of all proportion."""
+    state = linear_state()
+    ones = jax.tree.map(jnp.ones_like, state.params)
+    end = []
+    for size in (1e2, 1e6):
+        large = jax.tree.map(lambda leaf, size=size: size * leaf, ones)
+        after = state.apply_gradients(grads=large).apply_gradients(grads=ones)
+        end.append(after.params)
+    chex.assert_trees_all_close(*end, rtol=1e-4)
 
 
 @pytest.mark.parametrize("norm", NORMS)

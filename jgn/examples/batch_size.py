@@ -23,7 +23,7 @@ from jgn.examples.digits import (
     steps_per_epoch,
     train_step,
 )
-from jgn.examples.options import positive
+from jgn.examples.options import positive_integer
 
 BATCH_SIZES = (2, 4, 8, 16, 32)
 CHANNELS = 16  # and 32 in the network's later layers
@@ -103,10 +103,19 @@ def _train(report: dict[str, Any], options: argparse.Namespace) -> int:
     train, test = load()
     finished = [result["setting"] for result in report["results"]]
     left = [setting for setting in settings() if setting not in finished]
-    for setting in tqdm(left, "settings", disable=not sys.stderr.isatty()):
-        *_, errors = test_errors(train, test, epochs=options.epochs, seeds=options.seeds, **setting)
-        report["results"].append({"setting": setting, "test_errors": errors})
-        _write(report, options.out)
+    run = {"epochs": options.epochs, "seeds": options.seeds}
+    try:
+        for setting in tqdm(left, "settings", disable=not sys.stderr.isatty()):
+            *_, errors = test_errors(train, test, **run, **setting)
+            report["results"].append({"setting": setting, "test_errors": errors})
+            _write(report, options.out)
+    except KeyboardInterrupt:
+        print(
+            f"stopped; {len(report['results'])} finished settings are kept in {options.out}, "
+            "and the same command goes on from there.",
+            file=sys.stderr,
+        )
+        return 130
     print(f"the test errors of {len(report['results'])} settings are in {options.out}")
     return 0
 
@@ -134,8 +143,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--epochs", type=positive, default=10, help="passes over the training images")
-    add("--seeds", type=positive, default=8, help="networks trained for each setting")
+    add("--epochs", type=positive_integer, default=10, help="passes over the training images")
+    add("--seeds", type=positive_integer, default=8, help="networks trained for each setting")
     add("--out", type=pathlib.Path, default=pathlib.Path("batch_size.json"), help="file of results")
     return parser
 

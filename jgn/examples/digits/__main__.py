@@ -3,9 +3,11 @@
 import argparse
 import io
 import json
+import math
 import pathlib
 import signal
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -14,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from jgn.examples.digits.checkpoints import Finished, Run, RunError
+from jgn.examples.digits.checkpoints import Finished, Run, RunError, checkpoints
 from jgn.examples.digits.data import TEST_SIZE, Digits, load
 from jgn.examples.digits.model import NORMS, Network
 from jgn.examples.digits.training import (
@@ -25,7 +27,7 @@ from jgn.examples.digits.training import (
     steps_per_epoch,
     train_step,
 )
-from jgn.examples.options import positive
+from jgn.examples.options import positive_integer, positive_number, seed
 
 # In every process that goes on with a run, the same programs. For a GPU each would time several
 # convolutions anew, and take one of those that round in another way; on a CPU nothing changes.
@@ -46,7 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(
             f"stopped; the finished epochs are kept in {options.out}, "
-            "and the same command goes on from there.",
+            "and the same command goes on from there."
+            if checkpoints(options.out)
+            else "stopped before the first epoch was finished; the same command starts again.",
             file=sys.stderr,
         )
         return 130
@@ -73,8 +77,7 @@ def _train(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error(f"--groups {options.groups}: {error}")
 
     settings = {name: value for name, value in vars(options).items() if name in SETTINGS}
-    interrupt = _Interrupt()
-    with Run(options.out, settings) as run:
+    with _Interrupt() as interrupt, Run(options.out, settings) as run:
         finished = run.restore(state)
         state, history = jax.device_put(finished.state, replicated), finished.history
         if history:
@@ -82,6 +85,11 @@ def _train(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         for epoch in range(len(history), options.epochs):
             epoch_key = jax.random.fold_in(key, epoch)
             state, line = _epoch(state, epoch_key, train, options, split, epoch + 1, interrupt)
+            if not math.isfinite(line["loss"]):
+                raise RunError(
+                    f"the loss is not finite in epoch {epoch + 1}; "
+                    "choose a lower --learning-rate, and another --out."
+                )
             line["test_accuracy"] = int(_correct_predictions(state, *test)) / TEST_SIZE
             history = [*history, line]
             run.save(Finished(state, history))
@@ -105,7 +113,16 @@ class _Interrupt:
 
     def __init__(self):
         self._asked = False
-        signal.signal(signal.SIGINT, self._ask)
+        self._in_main_thread = threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> "_Interrupt":
+        if self._in_main_thread:  # No other may handle signals.
+            self._former = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._in_main_thread:
+            signal.signal(signal.SIGINT, self._former)
 
     def _ask(self, *_: object) -> None:
         self._asked = True
@@ -195,14 +212,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--norm", choices=NORMS, default="group", help="the normalization before each SiLU")
-    add("--groups", type=positive, default=8, help="groups of channels, for --norm group")
-    add("--batch-size", type=positive, default=32, help="images a step")
-    add("--epochs", type=positive, default=15, help="passes over the 1,437 training images")
-    add("--learning-rate", type=_rate, default=3e-3, help="AdamW's, at its highest")
-    add("--seed", type=_seed, default=0, help="decides parameters, order and augmentation")
+    add("--groups", type=positive_integer, default=8, help="groups of channels, for --norm group")
+    add("--batch-size", type=positive_integer, default=32, help="images a step")
+    add("--epochs", type=positive_integer, default=15, help="passes over the 1,437 training images")
+    add("--learning-rate", type=positive_number, default=3e-3, help="AdamW's, at its highest")
+    add("--seed", type=seed, default=0, help="decides parameters, order and augmentation")
     add(
         "--devices",
-        type=positive,
+        type=positive_integer,
         default=1,
         help="devices that share each batch; on a machine with only a CPU they are simulated",
     )
@@ -213,20 +230,6 @@ def _parser() -> argparse.ArgumentParser:
         help="directory of this run's checkpoints, metrics and curves",
     )
     return parser
-
-
-def _seed(text: str) -> int:
-    number = int(text)
-    if not 0 <= number < 2**32:
-        raise argparse.ArgumentTypeError(f"must lie in [0, 2**32): got {number}")
-    return number
-
-
-def _rate(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be positive and finite: got {number}")
-    return number
 
 
 if __name__ == "__main__":

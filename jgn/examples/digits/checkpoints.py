@@ -33,6 +33,11 @@ class Finished(NamedTuple):
     history: list[dict[str, float]]
 
 
+def checkpoints(directory: pathlib.Path) -> list[pathlib.Path]:
+    """One for each epoch that is kept; what is half written has names with letters."""
+    return [path for path in (directory / "checkpoints").glob("*") if path.name.isdecimal()]
+
+
 class Run:
     """A directory for one run. A context manager; opening it writes nothing over what is there."""
 
@@ -40,6 +45,7 @@ class Run:
         self.directory = directory.absolute()
         try:
             self._claim(settings)
+            (self.directory / "checkpoints").mkdir(exist_ok=True)  # orbax goes on with a file.
             logging.getLogger("absl").setLevel(logging.CRITICAL)  # It comes as exceptions, too.
             self._manager = ocp.CheckpointManager(
                 self.directory / "checkpoints",
@@ -96,7 +102,7 @@ class Run:
             restored_state: Any = serialization.from_state_dict(state, arrays)
             return Finished(restored_state, history)
         except Exception as error:  # Whatever was damaged decides the type.
-            raise RunError(self._damaged(epoch, _first_line(error))) from error
+            raise RunError(self._damaged(str(epoch), _first_line(error))) from error
 
     def write(self, name: str, content: bytes) -> None:
         """Puts a file into the directory, whole or not at all."""
@@ -140,16 +146,15 @@ class Run:
             )
 
     def _refuse_stray_checkpoints(self) -> None:
-        entries = (self.directory / "checkpoints").iterdir()
-        present = {int(entry.name) for entry in entries if entry.name.isdecimal()}
-        for epoch in sorted(present - set(self._manager.all_steps())):
+        present = {path.name for path in checkpoints(self.directory)}
+        for name in sorted(present - {str(epoch) for epoch in self._manager.all_steps()}):
             self._manager.close()
-            raise RunError(self._damaged(epoch, "its files are not a whole checkpoint"))
+            raise RunError(self._damaged(name, "its files are not a whole checkpoint"))
 
-    def _damaged(self, epoch: int, reason: str) -> str:
+    def _damaged(self, name: str, reason: str) -> str:
         return (
-            f"the checkpoint of epoch {epoch} is damaged: {reason}; remove "
-            f"{self.directory / 'checkpoints' / str(epoch)} to go on from the one before it."
+            f"the checkpoint of epoch {int(name)} is damaged: {reason}; remove "
+            f"{self.directory / 'checkpoints' / name} to go on from the one before it."
         )
 
 
