@@ -400,8 +400,8 @@ MUTANTS = (
     Mutant(
         "masked elements counted",
         "_moments.py",
-        "        if self.mask is None:\n            (count,)",
-        "        if True:\n            (count,)",
+        "        if self.mask is None:\n            return self.shards",
+        "        if True:\n            return self.shards",
         ("mask", "groups"),
     ),
     Mutant(
