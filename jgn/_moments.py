@@ -57,10 +57,9 @@ class Shards(NamedTuple):
 
     def count(self, on_each: int) -> Any:
         """How many elements there are on all of them: a number, unless that differs."""
-        if len({len(group) for group in self.axis_index_groups or ()}) > 1:
-            # Of a number lax.psum makes as many as the first group has indices, for every group.
-            on_each = jnp.asarray(on_each)
-        (count,) = self.sum(on_each)
+        # Of a number lax.psum makes as many as the first group has indices, for every group.
+        differs = len({len(group) for group in self.axis_index_groups or ()}) > 1
+        (count,) = self.sum(jnp.asarray(on_each) if differs else on_each)
         return count
 
 

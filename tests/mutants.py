@@ -371,8 +371,8 @@ MUTANTS = (
     Mutant(
         "as many shards in every index group as in the first",
         "_moments.py",
-        "on_each = jnp.asarray(on_each)",
-        "pass",
+        "jnp.asarray(on_each) if differs else on_each",
+        "on_each",
         ("sharding",),
     ),
     # Masks and what is not finite
