@@ -113,10 +113,7 @@ POLICIES = jax.checkpoint_policies
     "policy",
     [
         POLICIES.everything_saveable,
-        POLICIES.nothing_saveable,
         POLICIES.dots_saveable,
-        POLICIES.dots_with_no_batch_dims_saveable,
-        POLICIES.save_anything_except_these_names("nothing"),
         POLICIES.save_only_these_names("group_norm_moments", "group_norm_sums"),
     ],
 )
