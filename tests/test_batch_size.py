@@ -75,6 +75,15 @@ def test_counts_are_positive(tmp_path, capsys, options):
     assert not any(tmp_path.iterdir())
 
 
+def test_an_error_of_the_training_is_not_taken_for_one_of_the_file(tmp_path, monkeypatch):
+    def failing(*_, **__):
+        raise ValueError("of the training")
+
+    monkeypatch.setattr(batch_size, "test_errors", failing)
+    with pytest.raises(ValueError, match="of the training"):
+        main(arguments(tmp_path / "errors.json"))
+
+
 def test_a_file_that_cannot_be_written_is_told_before_any_work(tmp_path, capsys, no_training):
     out = tmp_path / "missing" / "errors.json"
     assert main(arguments(out)) == 1

@@ -84,6 +84,10 @@ def test_errors(
         yield ((len(test.labels) - correct) / len(test.labels)).tolist()
 
 
+class ForeignFileError(Exception):
+    """The file holds something else than results of these options."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Trains what the file does not have yet, and returns the exit status."""
     options = _parser().parse_args(arguments)
@@ -91,10 +95,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         report = _read(options.out) if options.out.exists() else {**run, "results": []}
         if run != {name: report[name] for name in run}:
-            raise ValueError("it has results of other options; choose another --out.")
+            raise ForeignFileError("it has results of other options; choose another --out.")
         _write(report, options.out)  # Before any work, which would be lost.
         return _train(report, options)
-    except (OSError, ValueError) as error:
+    except (OSError, ForeignFileError) as error:
         print(f"error: {options.out}: {error}", file=sys.stderr)
         return 1
 
@@ -125,7 +129,7 @@ def _read(file: pathlib.Path) -> dict[str, Any]:
         report = json.loads(file.read_text())
         return {name: report[name] for name in ("epochs", "seeds", "channels", "results")}
     except (ValueError, KeyError, TypeError):
-        raise ValueError("it is no file of results; choose another --out.") from None
+        raise ForeignFileError("it is no file of results; choose another --out.") from None
 
 
 def _write(report: dict[str, Any], file: pathlib.Path) -> None:
