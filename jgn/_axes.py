@@ -13,6 +13,18 @@ class Axes(NamedTuple):
     spatial: tuple[int, ...]
     channel: int
 
+    def split(self, axis: int) -> "Axes":
+        """Those that there are once a spatial axis is two, the first of them a batch axis."""
+
+        def moved(other: int) -> int:
+            return other + (other >= axis)
+
+        return Axes(
+            batch=tuple(sorted([axis, *map(moved, self.batch)])),
+            spatial=tuple(map(moved, self.spatial)),
+            channel=moved(self.channel),
+        )
+
 
 def resolve_axes(rank: int, channel_axis: int, reduction_axes: int | Sequence[int] | None) -> Axes:
     """Names the batch, spatial and channel axes of an array of this rank.

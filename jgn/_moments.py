@@ -12,10 +12,16 @@ and the mean of s out of n numbers is never further from their mean than (k − 
 A sum that is taken term by term rounds in proportion to what it has reached. That of d, around 0,
 never gets far; that of squares does, unless it has q near σ² to subtract from each of them. On a
 CPU q is the variance of the sample, which is (n/s) · σ² at most, too; elsewhere, and under a mask,
-whose sample is all that counts, it is 0. So no input whatever makes the error of σ² larger than
-(1 + 2 · STRIDE) · u for each time that the sums round.
+whose sample is all that counts, it is 0.
+
+In the sample a single element far from the rest would come near these bounds. So on a CPU the
+sample has three parts, k is the middle one of their means, and q the least of their variances:
+only what two of the parts have in common moves k, and what all have, q. As one of the other means
+is at least as far from μ as k, and on the same side, (k − μ)² ≤ (3/2) · (n/s) · σ². No input
+whatever makes the error of σ² larger than (1 + 5/2 · STRIDE) · u for each time that the sums round.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,17 +32,18 @@ from jax.ad_checkpoint import checkpoint_name
 from jgn._groups import Groups
 from jgn._positions import Positions, by_parts, is_on_one
 
-# One position in so many decides k and q: 2 % of a pass over x, and an error of at most 129 u.
+# One position in so many decides k and q: 2 % of a pass over x, and an error of at most 161 u.
 STRIDE = 64
 # So many elements at least, whose mean is seldom further than σ/2 from μ.
 SAMPLE = 32
-# The share of E[x²] that E[x²] − E[x]² must be for most of its digits not to be noise.
+# The share of E[x²] that E[x²] − E[x]² must be for its first digits not to be noise.
 SIGNIFICANT = 1e-4
-# m² is at most STRIDE · σ². So what is left of E[d²] − m², if fewer units in the last place of m²
-# than this, is rounding.
+# m² is at most 3/2 · STRIDE · σ². So what is left of E[d²] − m², if fewer units in the last place
+# of m² than this, is rounding.
 ROUNDED = 512
-# For a mean of fewer standard deviations from 0, a product of x rounds less than one of x − μ.
-NEAR_ZERO = 2
+# For a mean of fewer standard deviations from 0, a product of x rounds less than one of x − μ. For
+# more, what Σ g·x and μ · Σ g have in common in the backward pass would cost digits.
+NEAR_ZERO = 0.5
 
 # The names of what autodiff can keep for the backward pass besides x, k and the parameters: either
 # will do. From moments the way is shorter, but one array of sums is one kernel less on a GPU.
@@ -81,20 +88,36 @@ class Reduction(NamedTuple):
         stride = STRIDE
         if isinstance(self.positions.number, int):  # Not symbolic.
             stride = min(STRIDE, max(1, self.positions.number * self.groups.size // SAMPLE))
+        if is_on_one("cpu", x):
+            return self._shifts_from_thirds(x, stride)
+        # A GPU's sums are trees, and have no need of q. And with a sum for the last step, nothing
+        # is left that needs rounding, nor a kernel.
         sample = self.positions.sample(x, stride)
         positions = self.positions.of(sample)
-        inverse = jnp.asarray(1 / self._count(sample), x.dtype)
-        if not is_on_one("cpu", x):
-            # A GPU's sums are trees, and have no need of q. And with a sum for the last step,
-            # nothing is left that needs rounding, nor a kernel.
-            k = self._over_groups(positions.sum(sample * inverse))
-            return k, jnp.zeros_like(k.real)
-        # Of an infinite square the product with a matrix would make a k that is not a number.
+        k = self._over_groups(positions.sum(sample * self._inverse_number(positions, x)))
+        return k, jnp.zeros_like(k.real)
+
+    def _shifts_from_thirds(self, x: Array, stride: int) -> tuple[Array, Array]:
+        """k and q as no element of the sample alone can make them."""
+        sample = self.positions.sample(x, stride, multiple_of=3)
+        thirds = self.positions.in_parts(sample, 3)
+        if thirds is None:
+            return self._mean_and_variance(self.positions.of(sample), sample)
+        positions, sample, axis = thirds
+        means, variances = self._mean_and_variance(positions, sample)
+        k = by_parts(lambda means: _median(*_unstacked(means, axis)), means)
+        q = functools.reduce(jnp.minimum, _unstacked(variances, axis))
+        return self.groups.once_a_group(k), self.groups.once_a_group(q)
+
+    def _mean_and_variance(self, positions: Positions, x: Array) -> tuple[Array, Array]:
+        """Those of all of x in every group; 0 for a variance that would mostly be rounding."""
+        inverse = self._inverse_number(positions, x)
+        # Of an infinite square the product with a matrix would make a mean that is not a number.
         largest = jnp.finfo(x.dtype).max / 2
-        squares = jnp.minimum(_squared_magnitude(sample), largest).astype(x.dtype)
-        pair = self._over_groups(positions.sums(sample * inverse, squares * inverse))
-        k, mean_square = positions.parts(pair)
-        return k, _significant_variance(k, mean_square.real)
+        squares = jnp.minimum(_squared_magnitude(x), largest).astype(x.dtype)
+        pair = self._over_groups(positions.sums(x * inverse, squares * inverse))
+        mean, mean_square = positions.parts(pair)
+        return mean, _significant_variance(mean, mean_square.real)
 
     def number(self, x: Array) -> Array:
         """n: how many elements of every group count, but at least 1."""
@@ -121,11 +144,17 @@ class Reduction(NamedTuple):
 
     def _count(self, x: Array) -> Any:
         """How many elements of x count in every group, but at least 1: a number where known."""
-        positions = self.positions.of(x)
         if self.mask is None:
-            return self.shards.count(positions.number * self.groups.size)
-        counted = positions.count(self.mask, jnp.finfo(x.dtype).dtype)
+            return self._number(self.positions)
+        counted = self.positions.count(self.mask, jnp.finfo(x.dtype).dtype)
         return jnp.maximum(self._over_groups(counted), 1)
+
+    def _number(self, positions: Positions) -> Any:
+        """How many elements every group has at these positions."""
+        return self.shards.count(positions.number * self.groups.size)
+
+    def _inverse_number(self, positions: Positions, x: Array) -> Array:
+        return jnp.asarray(1 / self._number(positions), x.dtype)
 
     def _over_groups(self, per_channel: Array) -> Array:
         """Sums a value a channel over every group, on all shards."""
@@ -152,6 +181,14 @@ def is_constant(m: Array, variance: Array) -> Array:
 def zero_where(condition: Array, x: Array) -> Array:
     """Sets values to 0, and leaves their derivatives."""
     return x - lax.stop_gradient(jnp.where(condition, x, 0))
+
+
+def _unstacked(x: Array, axis: int) -> list[Array]:
+    return [lax.index_in_dim(x, i, axis, keepdims=False) for i in range(x.shape[axis])]
+
+
+def _median(a: Array, b: Array, c: Array) -> Array:
+    return jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
 
 
 def _significant_variance(mean: Array, mean_square: Array) -> Array:

@@ -107,18 +107,44 @@ class Positions:
         """Those of another array with the same axes."""
         return type(self)(x, self._axes)
 
-    def sample(self, x: Array, one_in: int) -> Array:
-        """At least one in so many positions of x, evenly spaced along its axes."""
+    def sample(self, x: Array, one_in: int, multiple_of: int = 1) -> Array:
+        """At least one in so many positions of x, evenly spaced along its axes.
+
+        Along the last of several positions they are a multiple of this number, if there are enough.
+        """
         # Slices of an explicitly sharded axis must divide evenly.
         axes = [a for a in self._axes.spatial if partitions(jax.typeof(x).sharding, a) == 1]
+        if not axes:
+            return x
+        last = _last_of_several_positions(axes, x.shape)
         slices = [slice(0, size, 1) for size in x.shape]
         for axis in axes:
-            along_last = 1
-            if axis != axes[-1]:
-                along_last = _evenly_spaced(x.shape[axes[-1]], LAST_STRIDE, x).step
-            slices[axis] = _evenly_spaced(x.shape[axis], max(1, one_in // along_last), x)
-            one_in //= slices[axis].step
+            size, later = x.shape[axis], 1
+            if axis < last:
+                later = _evenly_spaced(x.shape[last], LAST_STRIDE, x).step
+            multiple = multiple_of if axis == last else 1
+            taken = _evenly_spaced(size, max(1, one_in // later), x, multiple)
+            slices[axis] = taken
+            # The step is less than one in so many where that does not divide the size.
+            known = isinstance(size, int)
+            one_in = one_in * len(range(size)[taken]) // size if known else one_in // taken.step
         return lax.slice(x, *zip(*((s.start, s.stop, s.step) for s in slices), strict=True))
+
+    def in_parts(self, sample: Array, parts: int) -> tuple["Positions", Array, int] | None:
+        """A sample whose last axis of several positions is in so many parts; None if it cannot be.
+
+        The parts are one more batch axis: which of these, is the last result.
+        """
+        if not self._axes.spatial:
+            return None
+        axis = _last_of_several_positions(self._axes.spatial, self._shape)
+        size = sample.shape[axis]
+        if not isinstance(size, int) or size % parts:
+            return None
+        shape = (*sample.shape[:axis], parts, size // parts, *sample.shape[axis + 1 :])
+        axes = self._axes.split(axis)
+        sample = sample.reshape(shape)
+        return type(self)(sample, axes), sample, axes.batch.index(axis)
 
     def _sum_at_once(self, x: Array) -> Array:
         channel = sum(axis < self._axes.channel for axis in self._axes.batch)
@@ -154,13 +180,21 @@ def _devices(x: Array) -> int:
     return 1 if mesh.empty else mesh.size
 
 
-def _evenly_spaced(size: int, one_in: int, x: Array) -> slice:
+def _last_of_several_positions(axes: Sequence[int], shape: Sequence[int]) -> int:
+    """The last of some spatial axes; one that has fewer than 3 positions only if all have."""
+    several = [axis for axis in axes if not (isinstance(shape[axis], int) and shape[axis] < 3)]
+    return max(several or axes)
+
+
+def _evenly_spaced(size: int, one_in: int, x: Array, multiple_of: int = 1) -> slice:
     """At least one in so many of an axis; on one device, as far from one end as from the other."""
     if not isinstance(size, int):
         return slice(0, size, one_in)  # A symbolic size is not known to be small.
     devices = _devices(x)
     if devices == 1:
         number = math.ceil(size / one_in)
+        multiple = math.ceil(number / multiple_of) * multiple_of
+        number = multiple if multiple <= size else number
         stride = size // number
         start = (size - 1 - (number - 1) * stride) // 2
         return slice(start, start + (number - 1) * stride + 1, stride)

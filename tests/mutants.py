@@ -131,14 +131,14 @@ MUTANTS = (
     Mutant(
         "no shift",
         "_moments.py",
-        "        k, mean_square = positions.parts(pair)\n",
-        "        k, mean_square = positions.parts(pair)\n        k = 0 * k\n",
+        "return self.groups.once_a_group(k), ",
+        "return self.groups.once_a_group(0 * k), ",
         ("values",),
     ),
     Mutant(
         "no shift on other devices than a CPU",
         "_moments.py",
-        "sum(sample * inverse)",
+        "sum(sample * self._inverse_number(positions, x))",
         "sum(sample * 0)",
         ("values",),
     ),
@@ -183,6 +183,41 @@ MUTANTS = (
         "        return lax.rem(per_group, jnp.full_like(per_group, jnp.inf))\n",
         "        return per_group\n",
         ("structure",),
+    ),
+    Mutant(
+        "the mean of the sample for the middle mean of its thirds",
+        "_moments.py",
+        "_median(*_unstacked(means, axis))",
+        "sum(_unstacked(means, axis)) / 3",
+        ("groups", "values"),
+    ),
+    Mutant(
+        "the largest variance of the thirds",
+        "_moments.py",
+        "functools.reduce(jnp.minimum, ",
+        "functools.reduce(jnp.maximum, ",
+        ("groups", "values"),
+    ),
+    Mutant(
+        "a sample that has no thirds",
+        "_moments.py",
+        "stride, multiple_of=3)",
+        "stride)",
+        ("groups", "values"),
+    ),
+    Mutant(
+        "fewer samples than one in 64 where strides do not divide sizes",
+        "_positions.py",
+        "one_in * len(range(size)[taken]) // size if known else",
+        "one_in // taken.step if known else",
+        ("groups",),
+    ),
+    Mutant(
+        "x by itself for means of up to two deviations",
+        "_moments.py",
+        "NEAR_ZERO = 0.5",
+        "NEAR_ZERO = 2",
+        ("values",),
     ),
     Mutant(
         "one position as the sample",
@@ -364,8 +399,8 @@ MUTANTS = (
     Mutant(
         "squares of the sample overflow",
         "_moments.py",
-        "jnp.minimum(_squared_magnitude(sample), largest)",
-        "_squared_magnitude(sample)",
+        "jnp.minimum(_squared_magnitude(x), largest)",
+        "_squared_magnitude(x)",
         ("values",),
     ),
     Mutant(
@@ -400,8 +435,8 @@ MUTANTS = (
     Mutant(
         "masked elements counted",
         "_moments.py",
-        "        if self.mask is None:\n            return self.shards",
-        "        if True:\n            return self.shards",
+        "        if self.mask is None:\n            return self._number",
+        "        if True:\n            return self._number",
         ("mask", "groups"),
     ),
     Mutant(
