@@ -1,4 +1,4 @@
-"""An activation in two parts: the arrays of it, and what a compiled function is found again by."""
+"""An activation in two parts: its arrays, and the rest, by which jax.jit finds what it compiled."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from jax import Array
 
 
 class ActivationWithoutArrays(NamedTuple):
-    """What is left of an activation, a pytree: most often the function that is its one leaf."""
+    """The rest of an activation, which is a pytree; of a plain function, that function."""
 
     structure: Any
     leaves: tuple[Any, ...]
@@ -36,7 +36,7 @@ def split_activation(activation: Any) -> tuple[list[Array | None], ActivationWit
         hash(without_arrays)
     except TypeError:
         raise TypeError(
-            "activation must be hashable but for its arrays, as what is compiled is found again by "
-            f"it: got {type(activation).__name__}; call it on the result instead."
+            "activation must be hashable, apart from its arrays, as jax.jit finds by it what it "
+            f"compiled: got {type(activation).__name__}; call it on the result instead."
         ) from None
     return arrays, without_arrays

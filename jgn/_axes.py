@@ -54,15 +54,7 @@ def resolve_axes(rank: int, channel_axis: int, reduction_axes: int | Sequence[in
 
 def check_num_groups(num_groups: Any, channels: int) -> int:
     """Returns num_groups if it divides the channels."""
-    num_groups = positive_integer(num_groups, "num_groups")
-    _check_known(channels)
-    if channels % num_groups:
-        raise ValueError(
-            f"num_groups must divide the channels: got num_groups={num_groups} for {channels} "
-            f"channels; the nearest that do are {_nearest_divisors(channels, num_groups)} "
-            f"(num_groups × group_size: {_factorizations(channels)})."
-        )
-    return num_groups
+    return _checked_divisor(num_groups, "num_groups", channels)
 
 
 def num_groups_from(num_groups: Any, group_size: Any, channels: int) -> int:
@@ -75,23 +67,23 @@ def num_groups_from(num_groups: Any, group_size: Any, channels: int) -> int:
         )
     if group_size is None:
         return check_num_groups(num_groups, channels)
-    group_size = positive_integer(group_size, "group_size")
-    _check_known(channels)
-    if channels % group_size:
-        raise ValueError(
-            f"group_size must divide the channels: got group_size={group_size} for {channels} "
-            f"channels; the nearest that do are {_nearest_divisors(channels, group_size)} "
-            f"(num_groups × group_size: {_factorizations(channels)})."
-        )
-    return channels // group_size
+    return channels // _checked_divisor(group_size, "group_size", channels)
 
 
-def _check_known(channels: Any) -> None:
+def _checked_divisor(value: Any, name: str, channels: Any) -> int:
+    divisor = positive_integer(value, name)
     if not isinstance(channels, int):
         raise ValueError(
             f"the number of channels must be known when the call is traced: got {channels}; other "
             "sizes may be symbolic."
         )
+    if channels % divisor:
+        raise ValueError(
+            f"{name} must divide the channels: got {name}={divisor} for {channels} channels; "
+            f"the nearest that do are {_nearest_divisors(channels, divisor)} "
+            f"(num_groups × group_size: {_factorizations(channels)})."
+        )
+    return divisor
 
 
 def _resolve_axis(rank: int, axis: Any, name: str, wanted: str = "an integer") -> int:

@@ -174,7 +174,8 @@ class ComplexPositions(Positions):
 def _blocks(shape: Sequence[int], spatial: Sequence[int], largest: int) -> list[Block]:
     """The blocks of at most so many positions to sum, in this order.
 
-    None for a single position, for too few neighbours in memory, and where no size is known.
+    There are none for a single position, for too few neighbours in memory, and where no size is
+    known.
     """
     sizes = {axis: shape[axis] for axis in spatial if isinstance(shape[axis], int)}  # Not symbolic.
     strides = {axis: NEIGHBOURS if axis == len(shape) - 1 else 1 for axis in sizes}

@@ -59,8 +59,8 @@ def group_norm(
     positions, and `num_groups` equal to the channels is instance
     normalization. The statistics come from x in training and evaluation
     alike. Derivatives of every order, forward and reverse, come from JAX;
-    for the backward pass only x and a few numbers a group are kept, with an
-    activation too.
+    for the backward pass only x, a mask if there is one, and a few numbers a
+    group are kept, with an activation too.
 
     Args:
         x: Any shape of rank 1 or more, by default (batch, *spatial,
@@ -77,7 +77,8 @@ def group_norm(
         channel_axis: The axis of the channels. 0 means that there is no
             batch axis, unless `reduction_axes` says otherwise.
         reduction_axes: The axes to reduce, the channel axis among them; all
-            others are batch axes. None: all but axis 0.
+            others are batch axes. None: all but axis 0, or all where that is
+            the channel axis.
         mask: Broadcastable to x; True counts toward the moments. All
             positions are normalized. Where it is False, x may hold anything:
             a value that is not finite, or whose square would not be, is read
@@ -103,13 +104,13 @@ def group_norm(
     Raises:
         ValueError: `num_groups` does not divide the channels, or their number
             is symbolic; an axis is out of range, repeated or missing; scale,
-            bias or mask has another shape, or what activation gives, which
-            may be complex for a complex output only; epsilon is negative or
+            bias or mask has another shape; activation changes the shape, or
+            gives complex numbers for a real output; epsilon is negative or
             not finite; `axis_index_groups` comes without `axis_name`.
         TypeError: x, scale, bias, mask or dtype has an unusable dtype; a
             count, an axis or an index is not an integer, epsilon not a
             number, `axis_name` not one or more names; activation is not
-            callable, or not hashable but for its arrays.
+            callable, or not hashable apart from its arrays.
         NameError: no axis named `axis_name` is mapped.
         NotImplementedError: JAX has no `axis_index_groups` there.
 
@@ -125,7 +126,7 @@ def group_norm(
     """
     x = as_numbers(x, "x")
     axes = resolve_axes(x.ndim, channel_axis, reduction_axes)
-    check_num_groups(num_groups, x.shape[axes.channel])
+    num_groups = check_num_groups(num_groups, x.shape[axes.channel])
     input_dtype = jax.eval_shape(jnp.mean, x).dtype if _is_integral(x.dtype) else x.dtype
     output_dtype = input_dtype if dtype is None else _checked_output_dtype(dtype, input_dtype)
     arrays, activation_without = split_activation(activation)
@@ -135,8 +136,8 @@ def group_norm(
         None if bias is None else _checked_per_channel(bias, "bias", x, axes),
         None if mask is None else _checked_mask(mask, x),
         arrays,
-        num_groups=operator.index(num_groups),
-        epsilon=_checked_epsilon(epsilon),
+        num_groups=num_groups,
+        epsilon=checked_epsilon(epsilon),
         axes=axes,
         shards=_shards(axis_name, axis_index_groups),
         activation_without=activation_without,
@@ -353,7 +354,7 @@ def _checked_mask(mask: Any, x: Array) -> Array:
     return mask
 
 
-def _checked_epsilon(epsilon: Any) -> float:
+def checked_epsilon(epsilon: Any) -> float:
     try:
         boolean = isinstance(epsilon, bool) or getattr(epsilon, "dtype", None) == jnp.bool_
         if boolean or isinstance(epsilon, str | bytes | bytearray):

@@ -14,11 +14,11 @@ from jgn._axes import Axes
 from jgn._positions import Positions, is_on_one, partitions
 
 # How many elements a vectorized loop of XLA:CPU takes at once. A plain broadcast from groups to
-# channels is fused into the loop over x, which for groups of another size divides an index for each
-# element, dearer than the rest of the loop.
+# channels is fused into the loop over x, which for groups of no multiple of this size divides an
+# index for each element, dearer than the rest of the loop.
 LANES = 8
-# Of more elements along an axis XLA:CPU makes two sums, one after the other; that takes longer than
-# one over two axes, but of more channels than twice as many it is more exact.
+# A sum over a longer axis XLA:CPU splits into two, one after the other. Up to twice this length one
+# sum over two axes is faster; beyond, the two are left, as they are more exact.
 LONGEST_AXIS = 32
 
 
@@ -79,8 +79,8 @@ class Groups:
     def once_a_group(self, per_group: Array) -> Array:
         """The values, computed before anything that wants them for every position.
 
-        XLA:CPU computes as often as they are wanted what is no quotient or remainder. Of the second
-        by infinity it does not know that it is the value itself.
+        XLA:CPU repeats every operation where its result is wanted, except quotients and remainders.
+        The remainder of a division by infinity is the value itself, which XLA does not know.
         """
         if not self._broadcasts_on_a_cpu or jnp.iscomplexobj(per_group):
             return per_group

@@ -30,7 +30,8 @@ class GroupNorm(nn.Module):
         use_scale: Whether the layer learns a scale.
         bias_init: Initializer of the bias.
         scale_init: Initializer of the scale.
-        reduction_axes: The axes to reduce, the channel axis among them. None: all but axis 0.
+        reduction_axes: The axes to reduce, the channel axis among them. None: all but axis 0, or
+            all where that is the channel axis.
         axis_name: Mapped axes over which the moments are shared.
         axis_index_groups: Which indices along `axis_name` share moments.
         channel_axis: The axis of the channels.
@@ -85,7 +86,7 @@ class GroupNorm(nn.Module):
         Raises:
             ValueError: the groups are given by both count and size or by neither; a scale or bias
                 is given to a layer that learns its own; or as in `jgn.group_norm`.
-            TypeError: as in `jgn.group_norm`.
+            TypeError, NameError, NotImplementedError: as in `jgn.group_norm`.
         """
         x = as_numbers(x, "x")
         channels = x.shape[resolve_axes(x.ndim, self.channel_axis, self.reduction_axes).channel]

@@ -212,8 +212,8 @@ def mean(k: Array, m: Array, variance: Array) -> tuple[Array, Array]:
 def _rounded(x: Array) -> Array:
     """Rounds x, wherever it is computed, in the same way.
 
-    Of two loops that want it XLA could contract the product that leads to it into a following sum
-    in the one, and not in the other. Then they differ by an ulp of μ, where μ must cancel.
+    Where two loops compute x, XLA may contract the product that gives it and a sum that follows in
+    only one of them. Then the two differ by an ulp of μ, where μ must cancel.
     """
     largest = jnp.finfo(x.dtype).max
     return by_parts(lambda part: jnp.maximum(jnp.minimum(part, largest), -largest), x)

@@ -71,14 +71,15 @@ def from_torch(module: Any) -> tuple[GroupNorm, dict[str, dict[str, np.ndarray]]
         )
     tensors = {"scale": module.weight, "bias": module.bias} if module.affine else {}
     params = {name: _array(tensor, name) for name, tensor in tensors.items() if tensor is not None}
+    num_channels = positive_integer(module.num_channels, "num_channels")
     for name, values in params.items():
-        if values.shape != (module.num_channels,):
+        if values.shape != (num_channels,):
             raise ValueError(
-                f"{name} must have shape ({module.num_channels},), one value a channel: "
+                f"{name} must have shape ({num_channels},), one value a channel: "
                 f"got {values.shape}."
             )
     layer = GroupNorm(
-        num_groups=num_groups_from(module.num_groups, None, module.num_channels),
+        num_groups=num_groups_from(module.num_groups, None, num_channels),
         epsilon=float(module.eps),
         param_dtype=next((values.dtype for values in params.values()), np.dtype(np.float32)),
         use_scale="scale" in params,
@@ -173,11 +174,11 @@ def convert_params(
 
     Other layers use these names too: a convolution of torch's has a `weight` and a `bias`. A
     normalization is told from them by having nothing but both, of one shape, or nothing but a scale
-    of rank 1; the weight of a convolution or a linear layer has more axes than its bias. Parameters
-    that `vmap` or `scan` stacked keep to that. A bias alone could be anything's, and stays, unless
-    `where` chooses it. Layer normalizations look the same, and are renamed the same in all these
-    frameworks. So do torch's PReLU, its batch normalization without the running statistics, and
-    flax's WeightNorm: a tree that has these needs `where`.
+    of rank 1; the weight of a convolution or a linear layer has more axes than its bias. Both are
+    known when `vmap` or `scan` stacked them, too; a stacked scale alone is not. A bias alone could
+    be anything's, and stays, unless `where` chooses it. Layer normalizations look the same, and are
+    renamed the same in all these frameworks. So do torch's PReLU, its batch normalization without
+    the running statistics, and flax's WeightNorm: a tree that has these needs `where`.
 
     Args:
         params: Mappings, lists and tuples, nested; names may be joined by "." or "/" into one, as

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
@@ -11,8 +12,9 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Num
 
+from jgn._activation import split_activation
 from jgn._axes import num_groups_from, positive_integer, resolve_axes
-from jgn._group_norm import as_numbers, group_norm
+from jgn._group_norm import as_numbers, checked_epsilon, group_norm
 from jgn._linen import refuse_both
 
 
@@ -35,20 +37,23 @@ class GroupNorm(nnx.Module):
         use_scale: Whether the layer learns a scale.
         bias_init: Initializer of the bias.
         scale_init: Initializer of the scale.
-        reduction_axes: The axes to reduce, the channel axis among them. None: all but axis 0.
+        reduction_axes: The axes to reduce, the channel axis among them. None: all but axis 0, or
+            all where that is the channel axis.
         axis_name: Mapped axes over which the moments are shared.
         axis_index_groups: Which indices along `axis_name` share moments.
         channel_axis: The axis of the channels.
-        activation: An elementwise function applied to the result, such as `nnx.silu`, or a module,
-            such as `nnx.PReLU()`.
+        activation: An elementwise function applied to the result, such as `nnx.silu`, or a module
+            that has parameters alone, such as `nnx.PReLU()`; one that changes a state of its own
+            has no place here.
         rngs: Where the initializers take their keys from.
         bias_metadata: Metadata of the bias, such as its sharding.
         scale_metadata: Metadata of the scale.
 
     Raises:
         ValueError: the groups do not divide `num_features`, or are given by both count and size or
-            by neither; a count is less than 1.
-        TypeError: a count is not an integer.
+            by neither; a count is less than 1; epsilon is negative or not finite.
+        TypeError: a count is not an integer, epsilon not a number; activation is not callable, or a
+            module that is no pytree.
 
     Example:
         >>> import jax
@@ -84,7 +89,7 @@ class GroupNorm(nnx.Module):
         self.num_features: int = positive_integer(num_features, "num_features")
         self.num_groups: int = num_groups_from(num_groups, group_size, self.num_features)
         self.group_size: int = self.num_features // self.num_groups
-        self.epsilon = epsilon
+        self.epsilon: float = checked_epsilon(epsilon)
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.use_bias = use_bias
@@ -93,15 +98,15 @@ class GroupNorm(nnx.Module):
         self.axis_name: str | tuple[str, ...] | None = _hashable(axis_name)
         self.axis_index_groups: tuple[tuple[int, ...], ...] | None = _hashable(axis_index_groups)
         self.channel_axis = channel_axis
-        self.activation = activation
+        self.activation: Callable[[Array], Array] | None = _checked_activation(activation)
 
-        # In flax's order, so that equal seeds give equal parameters.
         def parameter(learned: bool, initializer: Initializer, metadata: Mapping[str, Any]) -> Any:
             if not learned:
                 return nnx.data(None)
             values = initializer(rngs.params(), (self.num_features,), param_dtype)
             return nnx.Param(values, **metadata)
 
+        # In flax's order, so that equal seeds give equal parameters.
         self.scale: nnx.Param[Array] | None = parameter(use_scale, scale_init, scale_metadata)
         self.bias: nnx.Param[Array] | None = parameter(use_bias, bias_init, bias_metadata)
 
@@ -128,7 +133,7 @@ class GroupNorm(nnx.Module):
         Raises:
             ValueError: x has not `num_features` channels; a scale or bias is given to a layer that
                 learns its own; or as in `jgn.group_norm`.
-            TypeError: as in `jgn.group_norm`.
+            TypeError, NameError, NotImplementedError: as in `jgn.group_norm`.
         """
         x = as_numbers(x, "x")
         refuse_both("scale", self.scale is not None, scale)
@@ -153,6 +158,19 @@ class GroupNorm(nnx.Module):
             activation=self.activation,
             dtype=self.dtype,
         )
+
+
+def _checked_activation(activation: Any) -> Any:
+    arrays, _ = split_activation(activation)
+    # What is compiled would keep the first values of its parameters.
+    opaque = [leaf for leaf in jax.tree.leaves(activation) if isinstance(leaf, nnx.Module)]
+    if opaque:
+        raise TypeError(
+            f"activation must be a pytree if it is a module: got {type(opaque[0]).__name__}, which "
+            "is declared with pytree=False; call it on the result instead."
+        )
+    has_arrays = any(array is not None for array in arrays)
+    return nnx.data(activation) if has_arrays else activation
 
 
 def _hashable(value: Any) -> Any:

@@ -737,7 +737,7 @@ MUTANTS = (
     Mutant(
         "a number of groups that does not divide",
         "_axes.py",
-        "    if channels % num_groups:\n",
+        "    if channels % divisor:\n",
         "    if channels < num_groups:\n",
         ("errors",),
     ),

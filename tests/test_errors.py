@@ -208,8 +208,8 @@ FUNCTION = [
         X,
         {"activation": Unhashable()},
         TypeError,
-        "activation must be hashable but for its arrays, as what is compiled is found again by it: "
-        "got Unhashable; call it on the result instead.",
+        "activation must be hashable, apart from its arrays, as jax.jit finds by it what it "
+        "compiled: got Unhashable; call it on the result instead.",
     ),
     (X, {"dtype": "int32"}, TypeError, "dtype must be floating or complex: got int32."),
     (

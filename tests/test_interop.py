@@ -87,6 +87,13 @@ def test_any_object_with_torchs_attributes_becomes_a_layer(dtype):
     assert_same_bits(variables["params"]["bias"], module.bias)
 
 
+def test_the_number_of_channels_may_be_numpys():
+    module = module_like_torch(num_channels=np.int64(CHANNELS), num_groups=np.int64(2))
+    layer, variables = from_torch(module)
+    assert layer.num_groups == 2
+    assert variables["params"]["scale"].shape == (CHANNELS,)
+
+
 def test_the_layer_normalizes_channels_first():
     x, module = random((2, CHANNELS, 5, 4)), module_like_torch()
     layer, variables = from_torch(module)

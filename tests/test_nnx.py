@@ -248,6 +248,19 @@ def test_transformed_nothing_changes(transform):
     )
 
 
+def test_an_epsilon_that_is_an_array_is_no_state():
+    module = layer(epsilon=jnp.float32(1e-3))
+    assert set(nnx.state(module)) == {"scale", "bias"}
+    wanted = nnx.jit(lambda module, x: module(x))(module, X)
+    chex.assert_trees_all_close(layer(epsilon=1e-3)(X), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_an_activation_may_be_a_partial_whose_arrays_are_state():
+    module = layer(activation=jax.tree_util.Partial(jnp.multiply, jnp.float32(3)))
+    chex.assert_trees_all_close(module(X), 3 * layer()(X), rtol=1e-5, atol=1e-5)
+    assert 3 in [value.item() for value in jax.tree.leaves(nnx.state(module)) if value.ndim == 0]
+
+
 def test_a_network_trains():
     """It learns which of two waves each sequence holds, with every norm moving on the way."""
     labels = np.arange(64) % 2
@@ -312,6 +325,34 @@ def test_a_count_that_is_no_integer_is_refused_by_the_constructor(name):
     options = {"num_features": CHANNELS, "num_groups": GROUPS, name: 8.0}
     with pytest.raises(TypeError, match=rf"^{name} must be an integer .*: got 8\.0\.$"):
         jgn.nnx.GroupNorm(**options, rngs=nnx.Rngs(0))
+
+
+class Frozen(nnx.Module, pytree=False):
+    """Its parameters are leaves of no tree."""
+
+    def __init__(self):
+        self.slope = nnx.Param(jnp.float32(0.5))
+
+    def __call__(self, x):
+        return jnp.where(x > 0, x, self.slope[...] * x)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"epsilon": "small"}, TypeError, r"^epsilon must be a number .*: got 'small'\.$"),
+        ({"epsilon": -1.0}, ValueError, r"^epsilon must be .*: got -1\.0\.$"),
+        ({"activation": 3}, TypeError, r"^activation must be callable: got 3\.$"),
+        (
+            {"activation": nnx.Sequential(nnx.relu, Frozen())},
+            TypeError,
+            r"^activation must be a pytree if it is a module: got Frozen, .* on the result instead",
+        ),
+    ],
+)
+def test_an_epsilon_or_activation_of_no_use_is_refused_by_the_constructor(options, error, message):
+    with pytest.raises(error, match=message):
+        layer(**options)
 
 
 @pytest.mark.parametrize("learned", [False, True])

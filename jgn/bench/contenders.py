@@ -35,15 +35,20 @@ PEERS = tuple(name for name in PACKAGES if name != "jgn")
 
 
 class Contender(Protocol):
-    """One implementation with one workload: what can be timed, and what else is known of it."""
+    """What can be timed of one workload."""
 
     calls: dict[str, Callable[[], Any]]
 
-    def output(self) -> np.ndarray: ...
-    def facts(self) -> dict[str, Any]: ...
     def kernels(self, work: Callable[[], Any]) -> list[tuple[float, float]]:
         """What the work has a GPU do: start and duration of every kernel and copy, in seconds."""
         ...
+
+
+class Implementation(Contender, Protocol):
+    """One of group normalization."""
+
+    def output(self) -> np.ndarray: ...
+    def facts(self) -> dict[str, Any]: ...
 
 
 def is_installed(name: str) -> bool:
@@ -51,7 +56,9 @@ def is_installed(name: str) -> bool:
     return importlib.util.find_spec(PACKAGES[name]) is not None
 
 
-def make(name: str, workload: Workload, dtype: str, seed: int, platform: str) -> Contender:
+def make(
+    name: str, workload: Workload, dtype: str, seed: int, platform: str
+) -> "Implementation | Floor":
     """The contender of this name, its inputs on JAX's device, whose platform is given."""
     if name == "floor":
         return Floor(workload, dtype, seed)
@@ -355,13 +362,6 @@ class Floor(OfJax):
             name: lambda call=call: jax.block_until_ready(call(x, a, b))
             for name, call in compiled.items()
         }
-        self._x = x
-
-    def output(self) -> np.ndarray:
-        return np.asarray(self._x, np.float32)
-
-    def facts(self) -> dict[str, Any]:
-        return {}
 
 
 def times(
@@ -373,7 +373,8 @@ def times(
 
     Args:
         call: One of the contender's, after which nothing is left to be done.
-        seconds: How long to go on; three calls at least. On a GPU it is always `PROFILED_CALLS`.
+        seconds: How long to go on; three calls at least. On a GPU there are always
+            `PROFILED_CALLS` calls, however long they take.
         contender: Whose call it is.
         platform: On a GPU the time of a call is that of its kernels. From one kernel to the next
             it can take longer than to run them, but not where many calls are one program, as in

@@ -84,7 +84,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def _times(rows: Sequence[dict[str, Any]], dtype: str) -> list[str]:
-    """Every contender's times, and its bandwidth where it took the best of them."""
+    """Every contender's times, and its bandwidth in the best of them."""
     heading = f"{'workload':15} {'contender':14}"
     lines = [
         f"{dtype}: microseconds, best / median / interquartile range, and GB/s at best",

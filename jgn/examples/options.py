@@ -1,4 +1,4 @@
-"""What the programs' options may be. argparse tells their users the functions' names."""
+"""What the programs' options may be. argparse's errors show the names of these functions."""
 
 import argparse
 

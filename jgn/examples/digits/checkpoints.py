@@ -172,7 +172,10 @@ def _digest(history: list[dict[str, float]], arrays: Any) -> str:
 
 @contextlib.contextmanager
 def _silencing_other_threads() -> Iterator[None]:
-    """From an error on: tensorstore's others find orbax's event loop closed, at great length."""
+    """Silences uncaught errors, and once there was one for the rest of the process.
+
+    For tensorstore's threads then find orbax's event loop closed, and tell it at great length.
+    """
     hooks = sys.excepthook, sys.unraisablehook
     sys.excepthook = sys.unraisablehook = lambda *_: None
     yield

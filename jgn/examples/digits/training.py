@@ -19,7 +19,7 @@ class State(TrainState):
 
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:
-    """How many whole batches there are; what is left over falls to another one each epoch."""
+    """How many whole batches there are. Other examples are left over in each epoch."""
     return examples // batch_size
 
 
@@ -43,7 +43,7 @@ def create_state(
 def shuffled_batches(
     key: Key[Array, ""], examples: int, batch_size: int
 ) -> Int[Array, "steps batch_size"]:
-    """An epoch's batches, each as the indices of its examples; the rest of a division stays out."""
+    """The whole batches of an epoch, each as the indices of its examples."""
     steps = steps_per_epoch(examples, batch_size)
     return jax.random.permutation(key, examples)[: steps * batch_size].reshape(steps, batch_size)
 
