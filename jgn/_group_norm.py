@@ -97,8 +97,8 @@ def group_norm(
         dtype: The dtype of the output. None: that of x, once promoted.
 
     Returns:
-        y, of x's shape. A group of equal elements, or of one, gives bias
-        exactly. A NaN or an infinity reaches its own sample's own group
+        y, of x's shape. A group of one element, or of equal ones (of up to
+        1e22 in float32), gives bias exactly. A NaN or an infinity reaches its own sample's own group
         only.
 
     Raises:
