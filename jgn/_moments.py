@@ -14,11 +14,11 @@ never gets far; that of squares does, unless it has q near σ² to subtract from
 CPU q is the variance of the sample, which is (n/s) · σ² at most, too; elsewhere, and under a mask,
 whose sample is all that counts, it is 0.
 
-In the sample a single element far from the rest would come near these bounds. So on a CPU the
-sample has three parts, k is the middle one of their means, and q the least of their variances:
-only what two of the parts have in common moves k, and what all have, q. As one of the other means
-is at least as far from μ as k, and on the same side, (k − μ)² ≤ (3/2) · (n/s) · σ². No input
-whatever makes the error of σ² larger than (1 + 5/2 · STRIDE) · u for each time that the sums round.
+A single element of the sample, if it is far from the rest, would take q to that bound. So on a CPU
+the sample is in three parts, k is the middle one of their means, and q the least of their
+variances: what only one of the parts contains moves neither far. As one of the other means is at
+least as far from μ as k, on the same side, (k − μ)² ≤ (3/2) · (n/s) · σ² then. So no input whatever
+makes the error of σ² larger than (1 + 5/2 · STRIDE) · u for each time that the sums round.
 """
 
 import functools
@@ -98,7 +98,7 @@ class Reduction(NamedTuple):
         return k, jnp.zeros_like(k.real)
 
     def _shifts_from_thirds(self, x: Array, stride: int) -> tuple[Array, Array]:
-        """k and q as no element of the sample alone can make them."""
+        """k and q, neither of which a single element of the sample decides."""
         sample = self.positions.sample(x, stride, multiple_of=3)
         thirds = self.positions.in_parts(sample, 3)
         if thirds is None:

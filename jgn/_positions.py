@@ -125,7 +125,7 @@ class Positions:
             multiple = multiple_of if axis == last else 1
             taken = _evenly_spaced(size, max(1, one_in // later), x, multiple)
             slices[axis] = taken
-            # The step is less than one in so many where that does not divide the size.
+            # A step that does not divide the size takes fewer than one position a step.
             known = isinstance(size, int)
             one_in = one_in * len(range(size)[taken]) // size if known else one_in // taken.step
         return lax.slice(x, *zip(*((s.start, s.stop, s.step) for s in slices), strict=True))
