@@ -98,8 +98,8 @@ def group_norm(
 
     Returns:
         y, of x's shape. A group of one element, or of equal ones (of up to
-        1e22 in float32), gives bias exactly. A NaN or an infinity reaches its own sample's own group
-        only.
+        1e22 in float32), gives bias exactly. A NaN or an infinity reaches its
+        own sample's own group only.
 
     Raises:
         ValueError: `num_groups` does not divide the channels, or their number

@@ -220,7 +220,7 @@ def test_the_tables_epsilon_and_groups_are_the_frameworks_defaults(framework):
     given = {"given": inspect.Parameter.empty, "32": 32}
     assert arguments[groups].default == given[TABLE[framework]["groups"]]
     other_axis = re.findall("`(.*)`", TABLE[framework]["channels"])
-    assert set(other_axis) == arguments.keys() & {"axis", "channel_axis"} - (
+    assert set(other_axis) == arguments.keys() & {"axis", "channel_axis", "data_format"} - (
         {"axis"} if framework == "haiku" else set()  # which are the axes to reduce
     )
 

@@ -68,8 +68,11 @@ def recorded():
         return dict(arrays)
 
 
-@pytest.mark.parametrize("num_groups", GROUP_COUNTS)
-@pytest.mark.parametrize("dtype", DTYPES)
+# Every number of groups in float32, and two in the other dtypes.
+@pytest.mark.parametrize(
+    ("dtype", "num_groups"),
+    [(d, n) for d in DTYPES for n in (GROUP_COUNTS if d == "float32" else (1, 4))],
+)
 @pytest.mark.parametrize("rank", SHAPES)
 def test_the_recorded_results(recorded, rank, dtype, num_groups):
     given = [recorded[f"{name}_{rank}"] for name in ("x", "scale", "bias", "cotangent")]
