@@ -15,10 +15,11 @@ CPU q is the variance of the sample, which is (n/s) · σ² at most, too; elsewh
 whose sample is all that counts, it is 0.
 
 A single element of the sample, if it is far from the rest, would take q to that bound. So on a CPU
-the sample is in three parts, k is the middle one of their means, and q the least of their
-variances: what only one of the parts contains moves neither far. As one of the other means is at
-least as far from μ as k, on the same side, (k − μ)² ≤ (3/2) · (n/s) · σ² then. So no input whatever
-makes the error of σ² larger than (1 + 5/2 · STRIDE) · u for each time that the sums round.
+the sample is larger for small groups, and for others in three parts: k is the middle one of their
+means, and q the least of their variances, and what only one of the parts contains moves neither
+far. As one of the other means is at least as far from μ as k, on the same side, (k − μ)² is at most
+(3/2) · (n/s) · σ² then. So no input whatever makes the error of σ² larger than
+(1 + 5/2 · STRIDE) · u for each time that the sums round.
 """
 
 import functools
@@ -36,6 +37,9 @@ from jgn._positions import Positions, by_parts, is_on_one
 STRIDE = 64
 # So many elements at least, whose mean is seldom further than σ/2 from μ.
 SAMPLE = 32
+# Of one position in so few no element alone makes the moments round much more. For small groups,
+# which would take no more than one in so many, that costs less than thirds of several positions.
+SHORT_STRIDE, LONG_STRIDE = 6, 16
 # The share of E[x²] that E[x²] − E[x]² must be for its first digits not to be noise.
 SIGNIFICANT = 1e-4
 # m² is at most 3/2 · STRIDE · σ². So what is left of E[d²] − m², if fewer units in the last place
@@ -99,9 +103,12 @@ class Reduction(NamedTuple):
 
     def _shifts_from_thirds(self, x: Array, stride: int) -> tuple[Array, Array]:
         """k and q, neither of which a single element of the sample decides."""
-        sample = self.positions.sample(x, stride, multiple_of=3)
-        thirds = self.positions.in_parts(sample, 3)
+        thirds = None
+        if stride > LONG_STRIDE:
+            sample = self.positions.sample(x, stride, multiple_of=3)
+            thirds = self.positions.in_parts(sample, 3)
         if thirds is None:
+            sample = self.positions.sample(x, min(stride, SHORT_STRIDE))
             return self._mean_and_variance(self.positions.of(sample), sample)
         positions, sample, axis = thirds
         means, variances = self._mean_and_variance(positions, sample)

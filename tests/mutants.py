@@ -206,6 +206,13 @@ MUTANTS = (
         ("groups", "values"),
     ),
     Mutant(
+        "no larger sample of small groups",
+        "_moments.py",
+        "min(stride, SHORT_STRIDE)",
+        "stride",
+        ("values",),
+    ),
+    Mutant(
         "fewer samples than one in 64 where strides do not divide sizes",
         "_positions.py",
         "one_in * len(range(size)[taken]) // size if known else",

@@ -347,6 +347,7 @@ def test_padding_with_zeros_costs_no_digits(channel_axis):
         ((16, 16), 8, 8, "float32"),
         ((31, 9), 12, 4, "float32"),
         ((7, 7), 64, 1, "float32"),
+        ((16,), 256, 8, "float32"),  # A larger sample.
         ((199,), 8, 2, "complex64"),
     ],
 )
