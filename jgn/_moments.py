@@ -93,7 +93,7 @@ class Reduction(NamedTuple):
         if isinstance(self.positions.number, int):  # Not symbolic.
             stride = min(STRIDE, max(1, self.positions.number * self.groups.size // SAMPLE))
         if is_on_one("cpu", x):
-            return self._shifts_from_thirds(x, stride)
+            return self._shifts_on_a_cpu(x, stride)
         # A GPU's sums are trees, and have no need of q. And with a sum for the last step, nothing
         # is left that needs rounding, nor a kernel.
         sample = self.positions.sample(x, stride)
@@ -101,14 +101,15 @@ class Reduction(NamedTuple):
         k = self._over_groups(positions.sum(sample * self._inverse_number(positions, x)))
         return k, jnp.zeros_like(k.real)
 
-    def _shifts_from_thirds(self, x: Array, stride: int) -> tuple[Array, Array]:
+    def _shifts_on_a_cpu(self, x: Array, stride: int) -> tuple[Array, Array]:
         """k and q, neither of which a single element of the sample decides."""
         thirds = None
         if stride > LONG_STRIDE:
             sample = self.positions.sample(x, stride, multiple_of=3)
             thirds = self.positions.in_parts(sample, 3)
-        if thirds is None:
+        else:
             sample = self.positions.sample(x, min(stride, SHORT_STRIDE))
+        if thirds is None:
             return self._mean_and_variance(self.positions.of(sample), sample)
         positions, sample, axis = thirds
         means, variances = self._mean_and_variance(positions, sample)
