@@ -36,6 +36,9 @@ from jgn.examples.digits.__main__ import main
 from jgn.examples.digits.checkpoints import Finished, Run, RunError
 from jgn.examples.digits.training import shifted
 
+# Of several workers one runs these tests, with what its first run has compiled.
+pytestmark = pytest.mark.xdist_group("digits")
+
 SETTINGS = {
     "norm": "group",
     "groups": 4,
@@ -706,18 +709,24 @@ def test_seeds_train_together_under_vmap_as_they_do_alone():
     network = Network(channels=8)
     keys = jax.random.split(jax.random.key(0), 3)
 
+    states = jax.vmap(lambda key: create_state(network, key, 1e-3, 10))(keys)
+
     @jax.jit
-    def trained(key):
-        state, loss, _ = train_step(create_state(network, key, 1e-3, 10), key, *batch)
+    def trained(state, key):
+        state, loss, _ = train_step(state, key, *batch)
         return state, loss, correct_predictions(state, *test)
 
-    together, losses, correct = jax.jit(jax.vmap(trained))(keys)
+    def of_seed(seed, states):
+        return jax.tree.map(lambda leaf: leaf[seed], states)
+
+    together, losses, correct = jax.jit(jax.vmap(trained))(states, keys)
     for seed, key in enumerate(keys):
-        alone, loss, correct_alone = trained(key)
+        alone, loss, correct_alone = trained(of_seed(seed, states), key)
         np.testing.assert_allclose(losses[seed], loss, rtol=1e-5)
         # AdamW's first step is ±1e-4 (a tenth of the rate), whatever the gradient's size.
-        of_seed = jax.tree.map(lambda leaf, seed=seed: leaf[seed], together.params)
-        difference = jax.tree.map(lambda a, b: jnp.abs(a - b).mean(), of_seed, alone.params)
+        difference = jax.tree.map(
+            lambda a, b: jnp.abs(a - b).mean(), of_seed(seed, together.params), alone.params
+        )
         assert max(jax.tree.leaves(difference)) < 1e-5
         assert abs(int(correct[seed]) - int(correct_alone)) <= 2
 
