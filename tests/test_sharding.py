@@ -1,5 +1,6 @@
 """Eight devices: values equal the unsharded ones, and only moments travel between devices."""
 
+import functools
 import itertools
 import math
 import re
@@ -89,29 +90,31 @@ CASES = pytest.mark.parametrize(
 )
 
 
+def value_and_gradients(num_groups, x, scale, bias, cotangent):
+    y, vjp = jax.vjp(lambda x, s, b: jgn.group_norm(x, num_groups, s, b), x, scale, bias)
+    return y, vjp(cotangent)
+
+
+@functools.cache
+def unsharded(num_groups):
+    return jax.jit(functools.partial(value_and_gradients, num_groups))(X, SCALE, BIAS, COTANGENT)
+
+
 @AXIS_TYPES
 @CASES
 def test_values_and_gradients_equal_the_unsharded_ones(layout, num_groups, axis_type):
     sizes, spec = LAYOUTS[layout]
     mesh = mesh_of(axis_type, **sizes)
-    expected = jax.jit(
-        lambda x: jax.vjp(lambda x, s, b: jgn.group_norm(x, num_groups, s, b), x, SCALE, BIAS)[1](
-            COTANGENT
-        )
-    )(X)
     sharding = NamedSharding(mesh, spec)
     x, cotangent = jax.device_put(X, sharding), jax.device_put(COTANGENT, sharding)
     with jax.set_mesh(mesh):
-        y, gradients = jax.jit(
-            lambda x, s, b, g: (
-                jgn.group_norm(x, num_groups, s, b),
-                jax.vjp(lambda x, s, b: jgn.group_norm(x, num_groups, s, b), x, s, b)[1](g),
-            )
-        )(x, SCALE, BIAS, cotangent)
+        sharded = jax.jit(functools.partial(value_and_gradients, num_groups))
+        y, gradients = sharded(x, SCALE, BIAS, cotangent)
+    wanted_y, wanted_gradients = unsharded(num_groups)
     # Sums in another order: √n roundings of the largest term, n the elements of one channel.
     tolerance = 1e-6 * math.sqrt(X.size / SHAPE[-1])
-    np.testing.assert_allclose(y, jgn.group_norm(X, num_groups, SCALE, BIAS), rtol=0, atol=5e-6)
-    for gradient, wanted in zip(gradients, expected, strict=True):
+    np.testing.assert_allclose(y, wanted_y, rtol=0, atol=5e-6)
+    for gradient, wanted in zip(gradients, wanted_gradients, strict=True):
         np.testing.assert_allclose(gradient, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
     assert y.sharding.is_equivalent_to(sharding, y.ndim), "the output keeps x's sharding"
     assert gradients[0].sharding.is_equivalent_to(sharding, y.ndim), "and so does x's gradient"
@@ -188,25 +191,30 @@ def test_groups_over_several_devices_exchange_moments_only(layout, axis_type):
     assert collectives(compiled_for(x_gradient, mesh, spec, SPANNING)) == both
 
 
+def of_the_layer(num_groups, variables, x):
+    def loss(variables, x):
+        y = jgn.GroupNorm(num_groups).apply(variables, x)
+        return (y**3).sum(), y
+
+    gradients, y = jax.grad(loss, (0, 1), has_aux=True)(variables, x)
+    return y, gradients
+
+
+@functools.cache
+def of_the_unsharded_layer(num_groups):
+    variables = jgn.GroupNorm(num_groups).init(jax.random.key(0), X)
+    return jax.jit(functools.partial(of_the_layer, num_groups))(variables, X)
+
+
 @CASES
 def test_the_layer_works_on_explicit_meshes(layout, num_groups):
     sizes, spec = LAYOUTS[layout]
     mesh = mesh_of(AxisType.Explicit, **sizes)
     x = jax.device_put(X, NamedSharding(mesh, spec))
-    layer = jgn.GroupNorm(num_groups)
-
-    def value_and_gradients(variables, x):
-        def loss(variables, x):
-            y = layer.apply(variables, x)
-            return (y**3).sum(), y
-
-        gradients, y = jax.grad(loss, (0, 1), has_aux=True)(variables, x)
-        return y, gradients
-
     with jax.set_mesh(mesh):
-        variables = layer.init(jax.random.key(0), x)
-        actual = jax.jit(value_and_gradients)(variables, x)
-    expected = jax.jit(value_and_gradients)(jax.tree.map(np.asarray, variables), X)
+        variables = jgn.GroupNorm(num_groups).init(jax.random.key(0), x)
+        actual = jax.jit(functools.partial(of_the_layer, num_groups))(variables, x)
+    expected = of_the_unsharded_layer(num_groups)
     for found, wanted in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         atol = 1e-4 * np.abs(wanted).max()
         np.testing.assert_allclose(found, wanted, rtol=0, atol=atol)
