@@ -1,11 +1,13 @@
 """An activation in two parts: its arrays, and the rest, by which jax.jit finds what it compiled."""
 
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import Array
+from jax.tree_util import Partial
 
 
 class ActivationWithoutArrays(NamedTuple):
@@ -27,7 +29,7 @@ def split_activation(activation: Any) -> tuple[list[Array | None], ActivationWit
     """
     if activation is not None and not callable(activation):
         raise TypeError(f"activation must be callable: got {activation!r}.")
-    leaves, structure = jax.tree.flatten(activation)
+    leaves, structure = jax.tree.flatten(_as_pytree(activation))
     are_arrays = [isinstance(leaf, Array | np.ndarray) for leaf in leaves]
     arrays = [a if is_one else None for a, is_one in zip(leaves, are_arrays, strict=True)]
     others = [None if is_one else b for b, is_one in zip(leaves, are_arrays, strict=True)]
@@ -40,3 +42,11 @@ def split_activation(activation: Any) -> tuple[list[Array | None], ActivationWit
             f"compiled: got {type(activation).__name__}; call it on the result instead."
         ) from None
     return arrays, without_arrays
+
+
+def _as_pytree(activation: Any) -> Any:
+    """Makes a pytree of a method of one, so that its arrays are seen."""
+    is_method = isinstance(activation, types.MethodType)
+    if not is_method or jax.tree_util.all_leaves([activation.__self__]):
+        return activation
+    return Partial(activation.__func__, activation.__self__)

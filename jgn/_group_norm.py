@@ -91,9 +91,10 @@ def group_norm(
         activation: An elementwise function such as `jax.nn.silu`, applied to
             y before it is rounded to the output's dtype; or one that is a
             pytree, such as `nnx.PReLU()`, an equinox module or a
-            `jax.tree_util.Partial`, whose arrays have gradients, too. What
-            else it refers to is read when a call is traced, as under
-            `jax.jit`, and another function object is traced anew.
+            `jax.tree_util.Partial`, or a method of one, whose arrays have
+            gradients, too. What else it refers to is read when a call is
+            traced, as under `jax.jit`, and another function object is traced
+            anew.
         dtype: The dtype of the output. None: that of x, once promoted.
 
     Returns:
@@ -307,7 +308,9 @@ def _widest(*dtypes: Any) -> Any:
 
 
 def _is_integral(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.bool_
+    # Of integers of 2 bits jnp.mean makes no floating numbers.
+    is_wide_integer = jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits > 2
+    return dtype == jnp.bool_ or is_wide_integer
 
 
 def _checked_output_dtype(dtype: DTypeLike, input_dtype: Any) -> Any:

@@ -19,7 +19,8 @@ the sample is larger for small groups, and for others in three parts: k is the m
 means, and q the least of their variances, and what only one of the parts contains moves neither
 far. As one of the other means is at least as far from μ as k, on the same side, (k − μ)² is at most
 (3/2) · (n/s) · σ² then. So no input whatever makes the error of σ² larger than
-(1 + 5/2 · STRIDE) · u for each time that the sums round.
+(1 + 5/2 · STRIDE) · u for each time that the sums round, unless σ is less than the last place of
+μ, to which k is rounded, too.
 """
 
 import functools

@@ -163,6 +163,11 @@ class GroupNorm(nnx.Module):
 def _checked_activation(activation: Any) -> Any:
     arrays, _ = split_activation(activation)
     # What is compiled would keep the first values of its parameters.
+    if isinstance(getattr(activation, "__self__", None), nnx.Module):
+        raise TypeError(
+            f"activation must not be a method of a module: got {activation.__qualname__}; give the "
+            "module itself, or call it on the result instead."
+        )
     opaque = [leaf for leaf in jax.tree.leaves(activation) if isinstance(leaf, nnx.Module)]
     if opaque:
         raise TypeError(

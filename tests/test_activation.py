@@ -59,6 +59,13 @@ def test_a_layer_sees_what_became_of_its_activation():
     np.testing.assert_allclose(layer(X), apart(prelu(5)), rtol=1e-6)
 
 
+def test_a_method_sees_what_became_of_its_pytree():
+    module = prelu(0.1)
+    fused(module.__call__)
+    module.negative_slope[...] = jnp.float32(5)
+    np.testing.assert_allclose(fused(module.__call__), apart(module), rtol=1e-6)
+
+
 @EVERY_KIND
 def test_arrays_have_gradients(activation):
     def gradients(function):

@@ -157,7 +157,7 @@ def bad_inputs(generator, *_):
         yield {"x": bad}, TypeError, f"x must be an array of numbers: got {bad!r:.60}."
     for bad in (np.array(["a"]), np.array([None, 1])):
         yield {"x": bad}, TypeError, "x must be an array of numbers: got array("
-    narrow = generator.choice(["float8_e4m3fn", "float8_e5m2"])
+    narrow = generator.choice(["float8_e4m3fn", "float8_e5m2", "int2", "uint2"])
     yield {"x": np.zeros((2, 3), narrow)}, TypeError, "x must be float16, bfloat16, float32, "
     for bad in (1.5, np.float32(1), np.ones(())):
         yield {"x": bad}, ValueError, "x must have a channel axis: got a scalar;"

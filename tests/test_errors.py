@@ -169,12 +169,15 @@ FUNCTION = [
         TypeError,
         "x must be an array of numbers: got array([None, 1], dtype=object).",
     ),
-    (
-        np.zeros((2, 12), jnp.float8_e4m3fn),
-        {},
-        TypeError,
-        "x must be float16, bfloat16, float32, float64, complex64, complex128, integer or boolean: "
-        "got float8_e4m3fn.",
+    *(
+        (
+            np.zeros((2, 12), narrow),
+            {},
+            TypeError,
+            "x must be float16, bfloat16, float32, float64, complex64, complex128, integer or "
+            f"boolean: got {narrow}.",
+        )
+        for narrow in ("float8_e4m3fn", "int2")
     ),
     (X, {"scale": "one"}, TypeError, "scale must be an array of numbers: got 'one'."),
     (X, {"epsilon": -1e-5}, ValueError, "epsilon must be finite and not negative: got -1e-05."),

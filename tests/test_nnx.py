@@ -348,6 +348,11 @@ class Frozen(nnx.Module, pytree=False):
             TypeError,
             r"^activation must be a pytree if it is a module: got Frozen, .* on the result instead",
         ),
+        (
+            {"activation": nnx.PReLU().__call__},
+            TypeError,
+            r"^activation must not be a method of a module: got PReLU\.__call__; give the module",
+        ),
     ],
 )
 def test_an_epsilon_or_activation_of_no_use_is_refused_by_the_constructor(options, error, message):

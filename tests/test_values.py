@@ -202,7 +202,7 @@ def test_equal_elements_give_exactly_their_bias_in_the_form_of_every_backend(mas
 
 @pytest.mark.usefixtures("backend")
 def test_the_variance_of_equal_elements_is_never_negative():
-    """In a GPU's form rounding makes it so for a fourth of these; the root would not be a number."""
+    """In a GPU's form rounding makes it so for a fourth of these, and its root would be NaN."""
     constants = np.random.default_rng(1).lognormal(0, 10, 100).astype(np.float32)
     x = np.broadcast_to(constants.reshape(-1, 1, 1, 1), (100, 7, 11, 12))
     np.testing.assert_array_equal(jgn.group_norm(x, 3, epsilon=0), np.zeros(x.shape))
