@@ -1,6 +1,7 @@
 """Sums over the channels of a group, and their way back to the channels."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +18,8 @@ from jgn._positions import Positions, is_on_one, partitions
 # channels is fused into the loop over x, which for groups of no multiple of this size divides an
 # index for each element, dearer than the rest of the loop.
 LANES = 8
-# A sum over a longer axis XLA:CPU splits into two, one after the other. Up to twice this length one
-# sum over two axes is faster; beyond, the two are left, as they are more exact.
-LONGEST_AXIS = 32
+# Neighbours XLA:CPU adds one after another. So many of them, or more, are added lane by lane first.
+MANY = 32
 
 
 class Groups:
@@ -39,7 +39,8 @@ class Groups:
         dear = positions.are_padded if num_groups == 1 else self.size % LANES != 0
         self._multiplies = self._on_one_cpu and in_the_innermost_loop and dear and self.size != 1
         self._broadcasts_on_a_cpu = self._on_one_cpu and not self._multiplies
-        self._factors = _factors(self.size) if self._broadcasts_on_a_cpu else (self.size,)
+        has_lanes = self._broadcasts_on_a_cpu and self.size >= MANY
+        self._lanes = math.gcd(self.size, LANES) if has_lanes else 1
         sharding = jax.typeof(x).sharding
         self._channel_sharding = sharding.spec[axes.channel]
         self._span_devices = num_groups % partitions(sharding, axes.channel) != 0
@@ -52,10 +53,13 @@ class Groups:
             return _apart(lambda x: x.sum(-1, keepdims=True), per_channel)
         if self._span_devices:
             per_channel = _reshard_last(per_channel, None)
-        grouped = per_channel.reshape(*per_channel.shape[:-1], self._num_groups, *self._factors)
-        if not self._multiplies:
-            return grouped.sum(tuple(range(-len(self._factors), 0)))
-        return _matmul(grouped, _first_of_two(self.size, grouped.dtype), 0)[..., 0]
+        groups = (*per_channel.shape[:-1], self._num_groups)
+        if self._multiplies:
+            grouped = per_channel.reshape(*groups, self.size)
+            return _matmul(grouped, _first_of_two(self.size, grouped.dtype), 0)[..., 0]
+        # Conjugated in between, as pairs by blocks are: else XLA would make one sum of the two.
+        of_lanes = per_channel.reshape(*groups, self.size // self._lanes, self._lanes).sum(-2)
+        return jnp.conj(jnp.conj(of_lanes).sum(-1))
 
     def spread(self, per_group: Array) -> Array:
         """Gives every channel its group's value."""
@@ -68,9 +72,10 @@ class Groups:
             two_columns = jnp.stack([per_group, jnp.zeros_like(per_group)], axis=-1)
             grouped = _matmul(two_columns, _first_of_two(self.size, per_group.dtype), 1)
         else:
-            within = range(-len(self._factors), 0)
-            shape = (*per_group.shape, *self._factors)
-            grouped = jnp.broadcast_to(jnp.expand_dims(per_group, within), shape)
+            lanes = (*per_group.shape, self._lanes)
+            of_lanes = jnp.conj(jnp.broadcast_to(jnp.conj(per_group)[..., None], lanes))
+            in_lanes = (*per_group.shape, self.size // self._lanes, self._lanes)
+            grouped = jnp.broadcast_to(of_lanes[..., None, :], in_lanes)
         per_channel = grouped.reshape(*per_group.shape[:-1], self._num_groups * self.size)
         if self._span_devices:
             per_channel = _reshard_last(per_channel, self._channel_sharding)
@@ -80,11 +85,12 @@ class Groups:
         """The values, computed before anything that wants them for every position.
 
         XLA:CPU repeats every operation where its result is wanted, except quotients and remainders.
-        The remainder of a division by infinity is the value itself, which XLA does not know.
+        So they are divided by 1: XLA does not know what lies between 1 and 1.
         """
         if not self._broadcasts_on_a_cpu or jnp.iscomplexobj(per_group):
             return per_group
-        return lax.rem(per_group, jnp.full_like(per_group, jnp.inf))
+        ones = jnp.ones_like(per_group)
+        return per_group / lax.clamp(ones, lax.stop_gradient(per_group), ones)
 
     def _to_all_channels(self, of_one_group: Array) -> Array:
         return jnp.broadcast_to(of_one_group, (*of_one_group.shape[:-1], self.size))
@@ -100,14 +106,6 @@ def _apart(function: Callable[[Array], Array], x: Array) -> Array:
         return function(x)
     turned = function(lax.complex(-x.imag, x.real))
     return lax.complex(turned.imag, -turned.real)
-
-
-def _factors(size: int) -> tuple[int, ...]:
-    """Splits the channels of a group between two axes where that makes one sum of two."""
-    if not isinstance(size, int) or not LONGEST_AXIS < size <= 2 * LONGEST_AXIS:
-        return (size,)
-    factor = max(factor for factor in range(1, LONGEST_AXIS + 1) if size % factor == 0)
-    return (factor, size // factor)
 
 
 @functools.cache

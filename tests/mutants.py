@@ -65,9 +65,9 @@ MUTANTS = (
     Mutant(
         "interleaved groups",
         "_groups.py",
-        "per_channel.reshape(*per_channel.shape[:-1], self._num_groups, *self._factors)",
-        "jnp.moveaxis(per_channel.reshape(*per_channel.shape[:-1], *self._factors, "
-        "self._num_groups), -1, -1 - len(self._factors))",
+        "per_channel.reshape(*groups, self.size // self._lanes, self._lanes).sum(-2)",
+        "jnp.moveaxis(per_channel.reshape(*per_channel.shape[:-1], self.size // self._lanes, "
+        "self._lanes, self._num_groups), -1, -3).sum(-2)",
         ("values", "groups"),
     ),
     Mutant(
@@ -180,7 +180,7 @@ MUTANTS = (
     Mutant(
         "values of groups computed for every position",
         "_groups.py",
-        "        return lax.rem(per_group, jnp.full_like(per_group, jnp.inf))\n",
+        "        return per_group / lax.clamp(ones, lax.stop_gradient(per_group), ones)\n",
         "        return per_group\n",
         ("structure",),
     ),
@@ -580,10 +580,24 @@ MUTANTS = (
         ("structure",),
     ),
     Mutant(
-        "large groups summed along one axis",
+        "large groups summed one channel after another",
         "_groups.py",
-        "_factors(self.size) if self._broadcasts_on_a_cpu else",
-        "(self.size,) if self._broadcasts_on_a_cpu else",
+        "math.gcd(self.size, LANES) if has_lanes else 1",
+        "1",
+        ("structure",),
+    ),
+    Mutant(
+        "lanes and what is in them summed at once",
+        "_groups.py",
+        "jnp.conj(jnp.conj(of_lanes).sum(-1))",
+        "of_lanes.sum(-1)",
+        ("structure",),
+    ),
+    Mutant(
+        "large groups spread at once",
+        "_groups.py",
+        "jnp.conj(jnp.broadcast_to(jnp.conj(per_group)[..., None], lanes))",
+        "jnp.broadcast_to(per_group[..., None], lanes)",
         ("structure",),
     ),
     Mutant(

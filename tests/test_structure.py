@@ -305,8 +305,8 @@ def test_compiled_the_mean_of_what_a_mask_counts_is_summed_by_blocks():
 
 
 @NEEDS_A_CPU
-def test_compiled_a_sum_over_a_large_group_stays_one():
-    """XLA:CPU makes a windowed sum and another of one over more than 32 elements along an axis."""
+def test_compiled_a_large_group_is_added_lane_by_lane():
+    """For k, for the moments, and backward; XLA:CPU would add channel after channel."""
     x = random((2, 16, 16, 80))
 
     def value_and_gradient(x):
@@ -314,7 +314,9 @@ def test_compiled_a_sum_over_a_large_group_stays_one():
         return y, vjp(y)
 
     hlo = jax.jit(value_and_gradient).lower(x).compile().as_text()
-    assert " reduce(" in hlo
+    samples, thirds, groups, lanes = 2, 3, 2, 8
+    of_lanes = re.findall(rf"= c64\[{samples}(,{thirds})?,{groups},{lanes}\]\S* reduce\(", hlo)
+    assert sorted(of_lanes) == ["", "", f",{thirds}"]
     assert "reduce-window(" not in hlo
 
 
