@@ -1,7 +1,7 @@
 """The flax.nnx layer; `import jgn` alone does not import it, nor flax.nnx."""
 
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from types import MappingProxyType, MethodType
 from typing import Any
 
 import jax
@@ -162,11 +162,13 @@ class GroupNorm(nnx.Module):
 
 def _checked_activation(activation: Any) -> Any:
     arrays, _ = split_activation(activation)
+    has_arrays = any(array is not None for array in arrays)
     # What is compiled would keep the first values of its parameters.
-    if isinstance(getattr(activation, "__self__", None), nnx.Module):
+    owner = getattr(activation, "__self__", None)
+    if isinstance(activation, MethodType) and (has_arrays or isinstance(owner, nnx.Module)):
         raise TypeError(
-            f"activation must not be a method of a module: got {activation.__qualname__}; give the "
-            "module itself, or call it on the result instead."
+            "activation must not be a method of a module or pytree: got "
+            f"{activation.__qualname__}; give the module itself, or call it on the result instead."
         )
     opaque = [leaf for leaf in jax.tree.leaves(activation) if isinstance(leaf, nnx.Module)]
     if opaque:
@@ -174,7 +176,6 @@ def _checked_activation(activation: Any) -> Any:
             f"activation must be a pytree if it is a module: got {type(opaque[0]).__name__}, which "
             "is declared with pytree=False; call it on the result instead."
         )
-    has_arrays = any(array is not None for array in arrays)
     return nnx.data(activation) if has_arrays else activation
 
 

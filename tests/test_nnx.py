@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import chex
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -337,6 +338,16 @@ class Frozen(nnx.Module, pytree=False):
         return jnp.where(x > 0, x, self.slope[...] * x)
 
 
+@flax.struct.dataclass
+class Scaled:
+    """A pytree that is no module."""
+
+    factor: jax.Array
+
+    def times(self, x):
+        return self.factor * x
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -351,7 +362,17 @@ class Frozen(nnx.Module, pytree=False):
         (
             {"activation": nnx.PReLU().__call__},
             TypeError,
-            r"^activation must not be a method of a module: got PReLU\.__call__; give the module",
+            r"^activation must not be a method of a module or pytree: got PReLU\.__call__; give",
+        ),
+        (
+            {"activation": Frozen().__call__},
+            TypeError,
+            r"^activation must not be a method of a module or pytree: got Frozen\.__call__; give",
+        ),
+        (
+            {"activation": Scaled(jnp.float32(3)).times},
+            TypeError,
+            r"^activation must not be a method of a module or pytree: got Scaled\.times; give",
         ),
     ],
 )
