@@ -27,7 +27,6 @@ from jgn._moments import (
     is_constant,
     kept,
     mean,
-    variance,
     zero_where,
 )
 from jgn._positions import is_on_one
@@ -235,8 +234,7 @@ def _normalize(
 ) -> Array:
     """y = scale · (x − μ) / √(σ² + ε) + bias = (x − pivot) · a + b."""
     positions = reduction.positions
-    m, mean_shifted = reduction.moments(x, k, q, n)
-    measured = variance(m, mean_shifted, q)
+    m, measured = reduction.moments(x, k, q, n)
     constant = is_constant(m, measured)
     sigma_squared = zero_where(constant, measured)
     r = kept(_inverse_sqrt(sigma_squared + epsilon), MOMENTS)

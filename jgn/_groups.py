@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +17,8 @@ from jgn._positions import Positions, is_on_one, partitions
 # channels is fused into the loop over x, which for groups of no multiple of this size divides an
 # index for each element, dearer than the rest of the loop.
 LANES = 8
-# Neighbours XLA:CPU adds one after another. So many of them, or more, are added lane by lane first.
+# Neighbours XLA:CPU adds one after another. So many of them, or more, are added lane by lane first;
+# along two axes, as along one it would add so many after so many, in a loop more.
 MANY = 32
 
 
@@ -40,7 +40,9 @@ class Groups:
         self._multiplies = self._on_one_cpu and in_the_innermost_loop and dear and self.size != 1
         self._broadcasts_on_a_cpu = self._on_one_cpu and not self._multiplies
         has_lanes = self._broadcasts_on_a_cpu and self.size >= MANY
-        self._lanes = math.gcd(self.size, LANES) if has_lanes else 1
+        lanes = math.gcd(self.size, LANES) if has_lanes else 1
+        several = math.gcd(self.size // lanes, MANY) if has_lanes else 1
+        self._in_lanes = (self.size // (several * lanes), several, lanes)
         sharding = jax.typeof(x).sharding
         self._channel_sharding = sharding.spec[axes.channel]
         self._span_devices = num_groups % partitions(sharding, axes.channel) != 0
@@ -49,33 +51,30 @@ class Groups:
         """Sums a value a channel over every group."""
         if self.size == 1:
             return per_channel
-        if self._num_groups == 1:
-            return _apart(lambda x: x.sum(-1, keepdims=True), per_channel)
+        if self._num_groups == 1 and not self._on_one_cpu:
+            return per_channel.sum(-1, keepdims=True)
         if self._span_devices:
             per_channel = _reshard_last(per_channel, None)
         groups = (*per_channel.shape[:-1], self._num_groups)
         if self._multiplies:
             grouped = per_channel.reshape(*groups, self.size)
-            return _matmul(grouped, _first_of_two(self.size, grouped.dtype), 0)[..., 0]
+            return _matmul(grouped, _first_of_two(self.size, grouped.dtype))[..., 0]
         # Conjugated in between, as pairs by blocks are: else XLA would make one sum of the two.
-        of_lanes = per_channel.reshape(*groups, self.size // self._lanes, self._lanes).sum(-2)
+        of_lanes = per_channel.reshape(*groups, *self._in_lanes).sum((-3, -2))
         return jnp.conj(jnp.conj(of_lanes).sum(-1))
 
     def spread(self, per_group: Array) -> Array:
-        """Gives every channel its group's value."""
-        if self.size == 1:
+        """Gives every channel its group's value; the transpose of `sum`."""
+        if self.size == 1 or (self._num_groups == 1 and not self._on_one_cpu):
             return per_group
-        if self._num_groups == 1 and not self._multiplies:
-            may_be_a_pair = self._on_one_cpu and jnp.iscomplexobj(per_group)
-            return _apart(self._to_all_channels, per_group) if may_be_a_pair else per_group
         if self._multiplies:
             two_columns = jnp.stack([per_group, jnp.zeros_like(per_group)], axis=-1)
-            grouped = _matmul(two_columns, _first_of_two(self.size, per_group.dtype), 1)
+            grouped = _matmul(two_columns, _first_of_two(self.size, per_group.dtype).T)
         else:
-            lanes = (*per_group.shape, self._lanes)
+            lanes = (*per_group.shape, self._in_lanes[-1])
             of_lanes = jnp.conj(jnp.broadcast_to(jnp.conj(per_group)[..., None], lanes))
-            in_lanes = (*per_group.shape, self.size // self._lanes, self._lanes)
-            grouped = jnp.broadcast_to(of_lanes[..., None, :], in_lanes)
+            in_lanes = (*per_group.shape, *self._in_lanes)
+            grouped = jnp.broadcast_to(of_lanes[..., None, None, :], in_lanes)
         per_channel = grouped.reshape(*per_group.shape[:-1], self._num_groups * self.size)
         if self._span_devices:
             per_channel = _reshard_last(per_channel, self._channel_sharding)
@@ -92,21 +91,6 @@ class Groups:
         ones = jnp.ones_like(per_group)
         return per_group / lax.clamp(ones, lax.stop_gradient(per_group), ones)
 
-    def _to_all_channels(self, of_one_group: Array) -> Array:
-        return jnp.broadcast_to(of_one_group, (*of_one_group.shape[:-1], self.size))
-
-
-def _apart(function: Callable[[Array], Array], x: Array) -> Array:
-    """Applies a linear function apart from those before it: to i·x, divided by i, for complex x.
-
-    Of a sum over positions and one over all channels XLA:CPU would make one long sum of pairs,
-    which rounds more.
-    """
-    if not jnp.iscomplexobj(x):
-        return function(x)
-    turned = function(lax.complex(-x.imag, x.real))
-    return lax.complex(turned.imag, -turned.real)
-
 
 @functools.cache
 def _first_of_two(size: int, dtype: Any) -> np.ndarray:
@@ -115,10 +99,8 @@ def _first_of_two(size: int, dtype: Any) -> np.ndarray:
     return np.tile(np.array([1, 0], dtype), (size, 1))
 
 
-def _matmul(a: Array, b: np.ndarray, axis: int) -> Array:
-    """Multiplies along the last axis of a and the given axis of b."""
-    dimensions = (((a.ndim - 1,), (axis,)), ((), ()))
-    return lax.dot_general(a, b, dimensions, precision=lax.Precision.HIGHEST)
+def _matmul(a: Array, b: np.ndarray) -> Array:
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
 def _reshard_last(x: Array, sharding: str | tuple[str, ...] | None) -> Array:

@@ -2,7 +2,7 @@
 
 With d = x − k, every k and every q give the same moments,
 
-    μ = k + m,    m = E[d],    σ² = E[|d|² − q] − |m|² + q,
+    μ = k + m,    m = E[d],    σ² = (Σ(|d|² − q) − n · |m|²) / n + q,
 
 and decide only how they are rounded: the relative error of σ² is about u · (1 + (k − μ)²/σ²),
 u being the unit roundoff. Here k is the mean of at least one in `STRIDE` of the group's elements,
@@ -136,13 +136,15 @@ class Reduction(NamedTuple):
         return lax.optimization_barrier(n) if is_on_one("cpu", x) else n
 
     def moments(self, x: Array, k: Array, q: Array, n: Array) -> tuple[Array, Array]:
-        """m = E[d] and E[|d|² − q] of every group."""
+        """m = E[d] of every group, and σ², or what rounding makes of 0."""
         along_k, along_q = (self.positions.along(self.groups.spread(shift)) for shift in (k, q))
         d = self._where_counted(x - along_k)
         shifted = self._where_counted((_squared_magnitude(d) - along_q).astype(d.dtype))
         sums = self._over_groups(self.positions.sums(d, shifted))
         sum_d, sum_shifted = self.positions.parts(kept(sums, SUMS))
-        return kept(sum_d / n.astype(d.dtype), MOMENTS), sum_shifted.real / n
+        m = kept(sum_d / n.astype(d.dtype), MOMENTS)
+        # In this order the quotient's gradient is that of Σ(|d|² − q), and most of that of Σd.
+        return m, kept((sum_shifted.real - n * _squared_magnitude(m)) / n + q, MOMENTS)
 
     def to_channels(self, u: Array, v: Array) -> tuple[Array, Array]:
         """Gives every channel its group's u and v."""
@@ -174,11 +176,6 @@ class Reduction(NamedTuple):
 def kept(per_group: Array, name: str) -> Array:
     """Names it for `jax.checkpoint`; by parts, as that fails on complex values."""
     return by_parts(lambda part: checkpoint_name(part, name), per_group)
-
-
-def variance(m: Array, mean_shifted: Array, q: Array) -> Array:
-    """σ² of every group, or what rounding makes of 0."""
-    return kept((mean_shifted - _squared_magnitude(m)) + q, MOMENTS)
 
 
 def is_constant(m: Array, variance: Array) -> Array:

@@ -28,7 +28,7 @@ class Mutant(NamedTuple):
     tests: tuple[str, ...]
 
 
-VARIANCE = "kept((mean_shifted - _squared_magnitude(m)) + q, MOMENTS)"
+VARIANCE = "(sum_shifted.real - n * _squared_magnitude(m)) / n + q"
 CLAMPED = "zero_where(constant, measured)"
 SHARED = "        sums = self._over_groups(self.positions.sums(d, shifted))\n"
 
@@ -59,15 +59,15 @@ MUTANTS = (
         "the mean's square forgotten",
         "_moments.py",
         VARIANCE,
-        "kept(mean_shifted + q, MOMENTS)",
+        "sum_shifted.real / n + q",
         ("values",),
     ),
     Mutant(
         "interleaved groups",
         "_groups.py",
-        "per_channel.reshape(*groups, self.size // self._lanes, self._lanes).sum(-2)",
-        "jnp.moveaxis(per_channel.reshape(*per_channel.shape[:-1], self.size // self._lanes, "
-        "self._lanes, self._num_groups), -1, -3).sum(-2)",
+        "per_channel.reshape(*groups, *self._in_lanes)",
+        "jnp.moveaxis(per_channel.reshape(*per_channel.shape[:-1], *self._in_lanes, "
+        "self._num_groups), -1, -4)",
         ("values", "groups"),
     ),
     Mutant(
@@ -160,7 +160,7 @@ MUTANTS = (
         "the shift of the squares not added to the variance",
         "_moments.py",
         VARIANCE,
-        "kept(mean_shifted - _squared_magnitude(m), MOMENTS)",
+        "(sum_shifted.real - n * _squared_magnitude(m)) / n",
         ("values",),
     ),
     Mutant(
@@ -350,22 +350,22 @@ MUTANTS = (
     Mutant(
         "no gradient through the mean",
         "_group_norm.py",
-        "    m, mean_shifted = reduction.moments(x, k, q, n)\n",
-        "    m, mean_shifted = reduction.moments(x, k, q, n)\n    m = lax.stop_gradient(m)\n",
+        "    m, measured = reduction.moments(x, k, q, n)\n",
+        "    m, measured = reduction.moments(x, k, q, n)\n    m = lax.stop_gradient(m)\n",
         ("derivatives",),
     ),
     Mutant(
         "right for first derivatives only",
         "_moments.py",
         VARIANCE,
-        "mean_shifted - (2 * m - lax.stop_gradient(m)) * lax.stop_gradient(m) + q",
+        "sum_shifted.real / n - (2 * m - lax.stop_gradient(m)) * lax.stop_gradient(m) + q",
         ("derivatives",),
     ),
     Mutant(
         "the mean's square without a gradient",
         "_moments.py",
         VARIANCE,
-        "(mean_shifted - _squared_magnitude(lax.stop_gradient(m))) + q",
+        "(sum_shifted.real - n * _squared_magnitude(lax.stop_gradient(m))) / n + q",
         ("derivatives",),
     ),
     Mutant(
@@ -477,8 +477,8 @@ MUTANTS = (
     Mutant(
         "a NaN reaches other groups",
         "_groups.py",
-        "    return lax.dot_general(a, b, dimensions, precision=lax.Precision.HIGHEST)\n",
-        "    product = lax.dot_general(a, b, dimensions, precision=lax.Precision.HIGHEST)\n"
+        "    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)\n",
+        "    product = jnp.matmul(a, b, precision=lax.Precision.HIGHEST)\n"
         "    return product + 0 * product.sum()\n",
         ("nan",),
     ),
@@ -587,6 +587,13 @@ MUTANTS = (
         ("structure",),
     ),
     Mutant(
+        "large groups summed along one axis",
+        "_groups.py",
+        "math.gcd(self.size // lanes, MANY) if has_lanes else 1",
+        "1",
+        ("structure",),
+    ),
+    Mutant(
         "lanes and what is in them summed at once",
         "_groups.py",
         "jnp.conj(jnp.conj(of_lanes).sum(-1))",
@@ -690,20 +697,6 @@ MUTANTS = (
         "positions.are_padded if num_groups == 1",
         "False if num_groups == 1",
         ("structure",),
-    ),
-    Mutant(
-        "the sums over positions and over all channels as one",
-        "_groups.py",
-        "_apart(lambda x: x.sum(-1, keepdims=True), per_channel)",
-        "per_channel.sum(-1, keepdims=True)",
-        ("values",),
-    ),
-    Mutant(
-        "the gradients' sums over positions and over all channels as one",
-        "_groups.py",
-        "_apart(self._to_all_channels, per_group) if may_be_a_pair else per_group",
-        "per_group",
-        ("values",),
     ),
     Mutant(
         "complex numbers summed as they are",
