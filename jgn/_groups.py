@@ -40,9 +40,7 @@ class Groups:
         self._multiplies = self._on_one_cpu and in_the_innermost_loop and dear and self.size != 1
         self._broadcasts_on_a_cpu = self._on_one_cpu and not self._multiplies
         has_lanes = self._broadcasts_on_a_cpu and self.size >= MANY
-        lanes = math.gcd(self.size, LANES) if has_lanes else 1
-        several = math.gcd(self.size // lanes, MANY) if has_lanes else 1
-        self._in_lanes = (self.size // (several * lanes), several, lanes)
+        self._in_lanes = _in_lanes(self.size) if has_lanes else (self.size, 1, 1)
         sharding = jax.typeof(x).sharding
         self._channel_sharding = sharding.spec[axes.channel]
         self._span_devices = num_groups % partitions(sharding, axes.channel) != 0
@@ -51,7 +49,7 @@ class Groups:
         """Sums a value a channel over every group."""
         if self.size == 1:
             return per_channel
-        if self._num_groups == 1 and not self._on_one_cpu:
+        if self._num_groups == 1 and not self._on_one_cpu:  # Several devices may share the group.
             return per_channel.sum(-1, keepdims=True)
         if self._span_devices:
             per_channel = _reshard_last(per_channel, None)
@@ -90,6 +88,13 @@ class Groups:
             return per_group
         ones = jnp.ones_like(per_group)
         return per_group / lax.clamp(ones, lax.stop_gradient(per_group), ones)
+
+
+def _in_lanes(size: int) -> tuple[int, int, int]:
+    """So many channels along three axes, the last of which are the lanes."""
+    lanes = math.gcd(size, LANES)
+    several = math.gcd(size // lanes, MANY)
+    return size // (several * lanes), several, lanes
 
 
 @functools.cache

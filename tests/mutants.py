@@ -582,14 +582,14 @@ MUTANTS = (
     Mutant(
         "large groups summed one channel after another",
         "_groups.py",
-        "math.gcd(self.size, LANES) if has_lanes else 1",
-        "1",
+        "_in_lanes(self.size) if has_lanes else (self.size, 1, 1)",
+        "(self.size, 1, 1)",
         ("structure",),
     ),
     Mutant(
         "large groups summed along one axis",
         "_groups.py",
-        "math.gcd(self.size // lanes, MANY) if has_lanes else 1",
+        "math.gcd(size // lanes, MANY)",
         "1",
         ("structure",),
     ),
