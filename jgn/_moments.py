@@ -143,7 +143,7 @@ class Reduction(NamedTuple):
         sums = self._over_groups(self.positions.sums(d, shifted))
         sum_d, sum_shifted = self.positions.parts(kept(sums, SUMS))
         m = kept(sum_d / n.astype(d.dtype), MOMENTS)
-        # In this order the quotient's gradient is that of Σ(|d|² − q), and most of that of Σd.
+        # One quotient, so that backward there is one, too: the gradient of Σ(|d|² − q).
         return m, kept((sum_shifted.real - n * _squared_magnitude(m)) / n + q, MOMENTS)
 
     def to_channels(self, u: Array, v: Array) -> tuple[Array, Array]:
