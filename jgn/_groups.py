@@ -58,6 +58,7 @@ class Groups:
             grouped = per_channel.reshape(*groups, self.size)
             return _matmul(grouped, _first_of_two(self.size, grouped.dtype))[..., 0]
         # Conjugated in between, as pairs by blocks are: else XLA would make one sum of the two.
+        # Nor does it add that over positions to one along two axes, be one of them of size 1.
         of_lanes = per_channel.reshape(*groups, *self._in_lanes).sum((-3, -2))
         return jnp.conj(jnp.conj(of_lanes).sum(-1))
 

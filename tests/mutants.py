@@ -594,6 +594,13 @@ MUTANTS = (
         ("structure",),
     ),
     Mutant(
+        "the sums over positions and over all channels as one",
+        "_groups.py",
+        "per_channel.reshape(*groups, *self._in_lanes).sum((-3, -2))",
+        "per_channel.reshape(*groups, -1, self._in_lanes[-1]).sum(-2)",
+        ("structure",),
+    ),
+    Mutant(
         "lanes and what is in them summed at once",
         "_groups.py",
         "jnp.conj(jnp.conj(of_lanes).sum(-1))",

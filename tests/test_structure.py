@@ -285,6 +285,11 @@ def test_the_count_of_compilations_sees_separate_operations():
         ((4, 14, 15, 24), 6, 4),
         # Over 16 columns, 16 rows and what is left; for k over 11 columns and 8 rows.
         ((1, 128, 128, 24), 6, 5),
+        # One group: over 14 columns, 14 rows, what is left and 24 channels; for k over 3 columns,
+        # 2 rows and the channels.
+        ((2, 28, 28, 24), 1, 7),
+        # 512 channels are two sums each time.
+        ((2, 28, 28, 512), 1, 9),
     ],
 )
 def test_compiled_every_sum_of_a_block_stays_one(shape, num_groups, sums):
