@@ -38,7 +38,7 @@ NEIGHBOURS = 16
 
 def positions_of(x: Array, axes: Axes, dtype: Any) -> Positions:
     """The spatial axes of x, which is summed in this dtype, in the way that the device wants."""
-    if not is_on_one("cpu", x):
+    if not is_on_one("cpu", x, axes):
         return Positions(x, axes)
     is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
     return ComplexPositions(x, axes) if is_complex else PositionsInBlocks(x, axes)
@@ -99,6 +99,8 @@ class PositionsInBlocks(Positions):
     that are not known there are no blocks, and such a loop over all positions may be slow.
     """
 
+    on_one_cpu = True
+
     def __init__(self, x: Array, axes: Axes):
         super().__init__(x, axes)
         largest = LARGEST_BLOCK if x.dtype.itemsize > 2 else LARGEST_NARROW_BLOCK
@@ -154,6 +156,8 @@ class ComplexPositions(Positions):
 
     As they are, XLA:CPU would sum complex numbers one by one, which takes longer and rounds more.
     """
+
+    on_one_cpu = True
 
     def __init__(self, x: Array, axes: Axes):
         super().__init__(x, axes)

@@ -29,7 +29,6 @@ from jgn._moments import (
     mean,
     zero_where,
 )
-from jgn._positions import is_on_one
 
 
 def group_norm(
@@ -191,7 +190,7 @@ def _group_norm(
     groups = Groups(constant, axes, num_groups, positions)
     reduction = Reduction(positions, groups, mask, shards)
     (k, q), n = reduction.shifts(constant), reduction.number(constant)
-    residuals = MOMENTS if is_on_one("cpu", constant) else SUMS
+    residuals = MOMENTS if positions.on_one_cpu else SUMS
     activation = activation_without.with_arrays(activation_arrays)
 
     # The barrier before x keeps XLA from merging the differences x − k of the forward pass with
@@ -242,7 +241,7 @@ def _normalize(
     pivot, rest = mean(k, m, measured)
     rest = zero_where(constant, rest)  # Then x − pivot = 0, and y = bias.
     pivot, rest = map(reduction.groups.once_a_group, (pivot, rest))
-    rest, a = reduction.to_channels(rest, r.astype(x.dtype))
+    rest, a = reduction.to_channels(rest, r.astype(x.dtype), x)
     a = a if scale is None else a * scale
     b = -rest * a
     b = b if bias is None else b + bias

@@ -11,7 +11,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from jgn._axes import Axes
-from jgn._positions import Positions, is_on_one, partitions
+from jgn._positions import Positions, partitions
 
 # How many elements a vectorized loop of XLA:CPU takes at once. A plain broadcast from groups to
 # channels is fused into the loop over x, which for groups of no multiple of this size divides an
@@ -34,7 +34,7 @@ class Groups:
         self._num_groups = num_groups
         self.size = x.shape[axes.channel] // num_groups
         in_the_innermost_loop = axes.channel == x.ndim - 1
-        self._on_one_cpu = is_on_one("cpu", x)
+        self._on_one_cpu = positions.on_one_cpu
         # A loop with branches is not vectorized if its iterations share a value inside of them.
         dear = positions.are_padded if num_groups == 1 else self.size % LANES != 0
         self._multiplies = self._on_one_cpu and in_the_innermost_loop and dear and self.size != 1

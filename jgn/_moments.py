@@ -27,12 +27,13 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jgn._groups import Groups
-from jgn._positions import Positions, by_parts, is_on_one
+from jgn._positions import Positions, by_parts
 
 # One position in so many decides k and q: 2 % of a pass over x, and an error of at most 161 u.
 STRIDE = 64
@@ -67,6 +68,14 @@ class Shards(NamedTuple):
             return values
         return lax.psum(values, self.axis_name, axis_index_groups=self.axis_index_groups)
 
+    def spread(self, values: Array, x: Array) -> Array:
+        """Values that are the same on all of them, as varying as x; the transpose of `sum`.
+
+        Where they are as many as x, a sum over devices for their gradient would be as large.
+        """
+        same_on = _varying(x) - _varying(values)
+        return lax.pcast(values, tuple(same_on), to="varying") if same_on else values
+
     def count(self, on_each: int) -> Any:
         """How many elements there are on all of them: a number, unless that differs."""
         # Of a number lax.psum makes as many as the first group has indices, for every group.
@@ -93,7 +102,7 @@ class Reduction(NamedTuple):
         stride = STRIDE
         if isinstance(self.positions.number, int):  # Not symbolic.
             stride = min(STRIDE, max(1, self.positions.number * self.groups.size // SAMPLE))
-        if is_on_one("cpu", x):
+        if self.positions.on_one_cpu:
             return self._shifts_on_a_cpu(x, stride)
         # A GPU's sums are trees, and have no need of q. And with a sum for the last step, nothing
         # is left that needs rounding, nor a kernel.
@@ -133,7 +142,7 @@ class Reduction(NamedTuple):
         n = jnp.asarray(self._count(x), jnp.finfo(x.dtype).dtype)
         # XLA:CPU would multiply by the reciprocal of a number that it knows. A quotient it computes
         # once a group, a product for every position again.
-        return lax.optimization_barrier(n) if is_on_one("cpu", x) else n
+        return lax.optimization_barrier(n) if self.positions.on_one_cpu else n
 
     def moments(self, x: Array, k: Array, q: Array, n: Array) -> tuple[Array, Array]:
         """m = E[d] of every group, and σ², or what rounding makes of 0."""
@@ -146,9 +155,10 @@ class Reduction(NamedTuple):
         # One quotient, so that backward there is one, too: the gradient of Σ(|d|² − q).
         return m, kept((sum_shifted.real - n * _squared_magnitude(m)) / n + q, MOMENTS)
 
-    def to_channels(self, u: Array, v: Array) -> tuple[Array, Array]:
-        """Gives every channel its group's u and v."""
-        return self.positions.parts(self.groups.spread(self.positions.pair(u, v)))
+    def to_channels(self, u: Array, v: Array, x: Array) -> tuple[Array, Array]:
+        """Gives every channel of x its group's u and v."""
+        pair = self.shards.spread(self.positions.pair(u, v), x)
+        return self.positions.parts(self.groups.spread(pair))
 
     def _where_counted(self, values: Array) -> Array:
         return values if self.mask is None else jnp.where(self.mask, values, 0)
@@ -171,6 +181,11 @@ class Reduction(NamedTuple):
         """Sums a value a channel over every group, on all shards."""
         (total,) = self.shards.sum(self.groups.sum(per_channel))
         return total
+
+
+def _varying(x: Array) -> frozenset[str]:
+    """The axes of `jax.shard_map` along which x is known to differ."""
+    return jax.typeof(x).manual_axis_type.varying
 
 
 def kept(per_group: Array, name: str) -> Array:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 
 from jgn._axes import Axes
 
@@ -33,10 +33,12 @@ class Positions:
     not.)
     """
 
+    on_one_cpu = False
+
     def __init__(self, x: Array, axes: Axes):
         self._shape = x.shape
         self._axes = axes
-        self._in_parts = _in_parts(x.shape, axes) if is_on_one("gpu", x) else None
+        self._in_parts = _in_parts(x, axes) if is_on_one("gpu", x, axes) else None
 
     @property
     def number(self) -> int:
@@ -62,7 +64,7 @@ class Positions:
         """The pair of Σu and Σv over all positions, (*batch, channels)."""
         if not self._in_parts:
             return self.pair(self._sum_at_once(u), self._sum_at_once(v))
-        return self.pair(*(x.reshape(self._in_parts).sum(-2) for x in (u, v))).sum(-2)
+        return self.pair(*(self._of_parts(x).sum(-2) for x in (u, v))).sum(-2)
 
     def spread(self, pair: Array) -> tuple[Array, Array]:
         """Gives every position the two values of its channel; the transpose of `sums`."""
@@ -72,11 +74,8 @@ class Positions:
         *batch, number, _, channels = self._in_parts
         pair = jnp.broadcast_to(pair, (2, *batch, channels))
         pair = jnp.broadcast_to(pair[..., None, :], (2, *batch, number, channels))
-        u, v = (
-            jnp.broadcast_to(x[..., None, :], self._in_parts).reshape(self._shape)
-            for x in self.parts(pair)
-        )
-        return u, v
+        u, v = (jnp.broadcast_to(x[..., None, :], self._in_parts) for x in self.parts(pair))
+        return self._from_parts(u), self._from_parts(v)
 
     def along(self, values: Array) -> Array:
         """Lays (*batch, channels) out along the axes of x, with ones elsewhere."""
@@ -116,14 +115,15 @@ class Positions:
         axes = [a for a in self._axes.spatial if partitions(jax.typeof(x).sharding, a) == 1]
         if not axes:
             return x
+        devices = _devices(x, self._axes)
         last = _last_of_several_positions(axes, x.shape)
         slices = [slice(0, size, 1) for size in x.shape]
         for axis in axes:
             size, later = x.shape[axis], 1
             if axis < last:
-                later = _evenly_spaced(x.shape[last], LAST_STRIDE, x).step
+                later = _evenly_spaced(x.shape[last], LAST_STRIDE, devices).step
             multiple = multiple_of if axis == last else 1
-            taken = _evenly_spaced(size, max(1, one_in // later), x, multiple)
+            taken = _evenly_spaced(size, max(1, one_in // later), devices, multiple)
             slices[axis] = taken
             # A step that does not divide the size takes fewer than one position a step.
             known = isinstance(size, int)
@@ -146,6 +146,18 @@ class Positions:
         sample = sample.reshape(shape)
         return type(self)(sample, axes), sample, axes.batch.index(axis)
 
+    # In two steps each: one reshape of other sizes an explicitly sharded x does not take.
+    def _of_parts(self, x: Array) -> Array:
+        return x.reshape(*self._in_a_row).reshape(self._in_parts)
+
+    def _from_parts(self, x: Array) -> Array:
+        return x.reshape(*self._in_a_row).reshape(self._shape)
+
+    @property
+    def _in_a_row(self) -> tuple[int, ...]:
+        batch = (self._shape[axis] for axis in self._axes.batch)
+        return *batch, self.number, self._shape[self._axes.channel]
+
     def _sum_at_once(self, x: Array) -> Array:
         channel = sum(axis < self._axes.channel for axis in self._axes.batch)
         return jnp.moveaxis(x.sum(self._axes.spatial), channel, -1)
@@ -163,21 +175,26 @@ def _stacked(*values: Array) -> Array:
     return jnp.stack(jnp.broadcast_arrays(*values))
 
 
-def is_on_one(platform: str, x: Array) -> bool:
-    """Whether x is traced for one such device, and for more than one operation at a time.
+def is_on_one(platform: str, x: Array, axes: Axes) -> bool:
+    """Whether one such device has whole samples, and is traced for several operations at a time.
 
     Where devices share an axis, what is summed over a part of it would travel between them.
     """
-    alone = jax.default_backend() == platform and _devices(x) == 1
+    alone = jax.default_backend() == platform and _devices(x, axes) == 1
     return alone and not jax.config.jax_disable_jit
 
 
-def _devices(x: Array) -> int:
-    """The number of devices that may share x, as far as tracing tells."""
-    mesh = jax.typeof(x).sharding.mesh
-    if mesh.empty:
-        mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.size
+def _devices(x: Array, axes: Axes) -> int:
+    """Over how many devices a sample may extend, as far as tracing tells.
+
+    Of explicitly typed mesh axes x tells which of its own they split, and of manual ones, as in
+    `jax.shard_map` and `jax.pmap`, it is the part on one device. Others may split any axis.
+    """
+    sharding = jax.typeof(x).sharding
+    mesh = jax.sharding.get_abstract_mesh() if sharding.mesh.empty else sharding.mesh
+    kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True) if not mesh.empty else ()
+    automatic = math.prod(size for size, kind in kinds if kind == AxisType.Auto)
+    return automatic * math.prod(partitions(sharding, a) for a in (*axes.spatial, axes.channel))
 
 
 def _last_of_several_positions(axes: Sequence[int], shape: Sequence[int]) -> int:
@@ -186,11 +203,10 @@ def _last_of_several_positions(axes: Sequence[int], shape: Sequence[int]) -> int
     return max(several or axes)
 
 
-def _evenly_spaced(size: int, one_in: int, x: Array, multiple_of: int = 1) -> slice:
+def _evenly_spaced(size: int, one_in: int, devices: int, multiple_of: int = 1) -> slice:
     """At least one in so many of an axis; on one device, as far from one end as from the other."""
     if not isinstance(size, int):
         return slice(0, size, one_in)  # A symbolic size is not known to be small.
-    devices = _devices(x)
     if devices == 1:
         number = math.ceil(size / one_in)
         multiple = math.ceil(number / multiple_of) * multiple_of
@@ -211,8 +227,9 @@ def partitions(sharding: NamedSharding, axis: int) -> int:
     return math.prod(sharding.mesh.shape[name] for name in names)
 
 
-def _in_parts(shape: Sequence[int], axes: Axes) -> tuple[int, ...] | None:
+def _in_parts(x: Array, axes: Axes) -> tuple[int, ...] | None:
     """(*batch, parts, positions of a part, channels); None where the positions stay together."""
+    shape, sharding = x.shape, jax.typeof(x).sharding
     innermost = (*axes.spatial, axes.channel) == tuple(range(len(axes.batch), len(shape)))
     number = math.prod(shape[axis] for axis in axes.spatial)
     if not innermost or not isinstance(number, int):
@@ -221,7 +238,8 @@ def _in_parts(shape: Sequence[int], axes: Axes) -> tuple[int, ...] | None:
     if not sizes:
         return None
     *batch, channels = (shape[axis] for axis in (*axes.batch, axes.channel))
-    known_batch = math.prod(size for size in batch if isinstance(size, int))
+    on_each = (shape[axis] // partitions(sharding, axis) for axis in axes.batch)
+    known_batch = math.prod(size for size in on_each if isinstance(size, int))
     sums = known_batch * math.ceil(channels / CHANNELS_OF_A_SUM) * number
     many_enough = [size for size in sizes if sums // size >= ENOUGH_SUMS] or sizes[:1]
     size = min(many_enough, key=lambda size: max(size / PART, PART / size))

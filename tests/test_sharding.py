@@ -222,7 +222,7 @@ def test_the_layer_works_on_explicit_meshes(layout, num_groups):
 
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("masked", [False, True])
-def test_shared_statistics_equal_the_unsharded_ones(masked, check_vma):
+def test_shared_statistics_equal_the_unsharded_ones(masked, check_vma, backend):
     mask = np.ones((SHAPE[0], SHAPE[1], 1, 1), bool)
     if masked:  # The last device of the first samples counts nothing at all.
         mask = np.arange(SHAPE[1]).reshape(1, -1, 1, 1) < np.arange(9, 17).reshape(-1, 1, 1, 1)
@@ -337,3 +337,47 @@ def test_an_axis_of_vmap_can_share_statistics():
         axis_name="parts",
     )(parts)
     np.testing.assert_allclose(y.reshape(SHAPE), jgn.group_norm(X, ALIGNED), rtol=0, atol=5e-6)
+
+
+def value_and_gradient(x, cotangent):
+    y, vjp = jax.vjp(lambda x: jgn.group_norm(x, ALIGNED), x)
+    return y, *vjp(cotangent)
+
+
+def in_shard_map(x, cotangent, check_vma):
+    mesh = mesh_of(AxisType.Auto, a=8)
+    mapped = jax.shard_map(
+        value_and_gradient, mesh=mesh, in_specs=P("a"), out_specs=P("a"), check_vma=check_vma
+    )
+    return jax.jit(mapped)(x, cotangent)
+
+
+def in_pmap(x, cotangent):
+    one_a_device = (SHAPE[0], 1, *SHAPE[1:])
+    results = jax.pmap(value_and_gradient)(x.reshape(one_a_device), cotangent.reshape(one_a_device))
+    return [result.reshape(SHAPE) for result in results]
+
+
+def on_an_explicit_mesh(x, cotangent):
+    mesh = mesh_of(AxisType.Explicit, a=8)
+    with jax.set_mesh(mesh):
+        split = (jax.device_put(v, NamedSharding(mesh, P("a"))) for v in (x, cotangent))
+        return jax.jit(value_and_gradient)(*split)
+
+
+@pytest.mark.parametrize(
+    "on_eight",
+    [
+        functools.partial(in_shard_map, check_vma=True),
+        functools.partial(in_shard_map, check_vma=False),
+        in_pmap,
+        on_an_explicit_mesh,
+    ],
+    ids=["shard_map", "shard_map without check_vma", "pmap", "explicit mesh"],
+)
+def test_whole_samples_are_summed_as_on_a_device_alone(on_eight, traced_for):
+    traced_for("cpu")  # Two programs of a GPU's form round the gradient differently.
+    parts = zip(np.split(X, 8), np.split(COTANGENT, 8), strict=True)
+    alone = [jax.jit(value_and_gradient)(*part) for part in parts]
+    for actual, *wanted in zip(on_eight(X, COTANGENT), *alone, strict=True):
+        np.testing.assert_array_equal(actual, np.concatenate(wanted))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from cases import on_a_mesh, random
 from jax.extend import core
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jgn
 
@@ -168,7 +169,7 @@ def test_on_a_gpu_positions_are_split_in_two_and_no_more(num_groups, masked, tra
     moves = moves_of(jaxprs(x, num_groups, "channels last", masked)[1], x.size)
     assert {move.primitive.name for move in moves} == {"reshape"}
     shapes = {v.aval.shape for move in moves for v in (*move.invars, *move.outvars)}
-    assert shapes == {(4, 14, 15, 24), (4, 6, 35, 24)}
+    assert shapes == {(4, 14, 15, 24), (4, 210, 24), (4, 6, 35, 24)}
 
 
 @GROUPS
@@ -192,6 +193,32 @@ def test_on_a_gpu_channels_last_are_summed_in_parts(num_groups, shape, parts, tr
     for equation in sums:
         assert equation.params["axes"] == (2,)
         assert equation.invars[0].aval.shape == (shape[0], *parts, shape[-1])
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices; a CPU simulates them")
+@pytest.mark.parametrize("axis_type", ["manual", "explicit"])
+def test_on_a_gpu_the_parts_are_those_of_the_samples_on_one_device(axis_type, traced_for):
+    traced_for("gpu")
+    x = random((16, 64, 64, 24))
+    split = PartitionSpec("a")
+
+    def normalized(x):
+        return jgn.group_norm(x, 3)
+
+    if axis_type == "manual":
+        mesh = jax.make_mesh((8,), ("a",), (AxisType.Auto,))
+        normalized = jax.shard_map(normalized, mesh=mesh, in_specs=split, out_specs=split)
+        samples = 2
+    else:
+        mesh = jax.make_mesh((8,), ("a",), (AxisType.Explicit,))
+        x = jax.device_put(x, NamedSharding(mesh, split))
+        samples = 16  # A program for all devices, which XLA splits.
+    with jax.set_mesh(mesh):
+        jaxpr = jax.make_jaxpr(lambda x: jax.vjp(normalized, x)[1](x))(x).jaxpr
+    sums = large_sums(jaxpr, samples * 64 * 64 * 24)
+    assert len(sums) >= 4
+    for equation in sums:
+        assert equation.invars[0].aval.shape == (samples, 64, 64, 24)
 
 
 @GROUPS
