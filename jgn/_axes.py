@@ -127,16 +127,16 @@ def _as_integer(value: Any) -> int:
     return operator.index(value)
 
 
-def _divisors(channels: int) -> list[int]:
-    small = [number for number in range(1, math.isqrt(channels) + 1) if channels % number == 0]
-    return sorted({*small, *(channels // number for number in small)})
+def divisors(number: int) -> list[int]:
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)})
 
 
 def _nearest_divisors(channels: int, number: int) -> str:
-    below = [divisor for divisor in _divisors(channels) if divisor < number][-1:]
-    above = [divisor for divisor in _divisors(channels) if divisor > number][:1]
+    below = [divisor for divisor in divisors(channels) if divisor < number][-1:]
+    above = [divisor for divisor in divisors(channels) if divisor > number][:1]
     return " and ".join(str(divisor) for divisor in below + above)
 
 
 def _factorizations(channels: int) -> str:
-    return ", ".join(f"{divisor} × {channels // divisor}" for divisor in _divisors(channels))
+    return ", ".join(f"{divisor} × {channels // divisor}" for divisor in divisors(channels))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jgn._axes import Axes
-from jgn._positions import Positions, by_parts, is_on_one
+from jgn._positions import Positions, by_parts, devices_of_a_sample, is_traced_for
 
 # XLA:CPU unrolls a sum of so few elements; much smaller blocks leave too much for the next sums,
 # and are made only where no others can be.
@@ -38,7 +38,7 @@ NEIGHBOURS = 16
 
 def positions_of(x: Array, axes: Axes, dtype: Any) -> Positions:
     """The spatial axes of x, which is summed in this dtype, in the way that the device wants."""
-    if not is_on_one("cpu", x, axes):
+    if not is_traced_for("cpu") or devices_of_a_sample(x, axes) > 1:
         return Positions(x, axes)
     is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
     return ComplexPositions(x, axes) if is_complex else PositionsInBlocks(x, axes)

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding
 
-from jgn._axes import Axes
+from jgn._axes import Axes, divisors
 
 # So many positions in a part keep the threads of a GPU's multiprocessor busy.
 PART = 256
@@ -22,14 +22,46 @@ ENOUGH_SUMS, CHANNELS_OF_A_SUM = 128, 64
 LAST_STRIDE = 4
 
 
+class Part(NamedTuple):
+    """So many neighbours along a spatial axis of a shape, and all positions along those behind."""
+
+    shape: tuple[int, ...]
+    axis: int
+    size: int
+
+    @property
+    def positions(self) -> int:
+        return self.size * math.prod(self.shape[self.axis + 1 : -1])
+
+    @property
+    def shape_of_sums(self) -> tuple[int, ...]:
+        """(*axes before, parts, channels)."""
+        return *self._split[: self.axis + 1], self.shape[-1]
+
+    def sum(self, x: Array) -> Array:
+        """Σx over the positions of every part."""
+        split = x.reshape(self.shape).reshape(self._split)  # Explicit shardings bear no other way.
+        return split.sum(range(self.axis + 1, split.ndim - 1))
+
+    def spread(self, sums: Array) -> Array:
+        """Gives all positions of a part its value; the transpose of `sum`."""
+        sums = jnp.expand_dims(sums, range(self.axis + 1, len(self.shape)))
+        return jnp.broadcast_to(sums, self._split).reshape(self.shape)
+
+    @property
+    def _split(self) -> tuple[int, ...]:
+        parts = self.shape[self.axis] // self.size
+        return *self.shape[: self.axis], parts, self.size, *self.shape[self.axis + 1 :]
+
+
 class Positions:
     """The spatial axes of x.
 
     Two values a channel or a group are a pair: one array, in which they are stacked, so that what
     is computed of small arrays takes half as many kernels. XLA:GPU gives one multiprocessor the
     sums over up to 4,096 positions, of a few channels at a time, which for most inputs leaves most
-    multiprocessors idle. So on a GPU, where channels are innermost, the positions are summed in
-    parts first. (Of two sums that follow each other XLA would make one again; of pairs it does
+    multiprocessors idle. So on a GPU, where channels are innermost, the positions are summed part
+    by part first. (Of two sums that follow each other XLA would make one again; of pairs it does
     not.)
     """
 
@@ -38,7 +70,7 @@ class Positions:
     def __init__(self, x: Array, axes: Axes):
         self._shape = x.shape
         self._axes = axes
-        self._in_parts = _in_parts(x, axes) if is_on_one("gpu", x, axes) else None
+        self._part = _part(x, axes) if is_traced_for("gpu") else None
 
     @property
     def number(self) -> int:
@@ -58,24 +90,26 @@ class Positions:
 
     def sum(self, x: Array) -> Array:
         """Σx over all positions, (*batch, channels)."""
-        return self.parts(self.sums(x, x))[0] if self._in_parts else self._sum_at_once(x)
+        return self.parts(self.sums(x, x))[0] if self._part else self._sum_at_once(x)
 
     def sums(self, u: Array, v: Array) -> Array:
         """The pair of Σu and Σv over all positions, (*batch, channels)."""
-        if not self._in_parts:
+        if not self._part:
             return self.pair(self._sum_at_once(u), self._sum_at_once(v))
-        return self.pair(*(self._of_parts(x).sum(-2) for x in (u, v))).sum(-2)
+        of_parts = self.pair(*map(self._part.sum, (u, v)))
+        return of_parts.sum(range(1 + len(self._axes.batch), of_parts.ndim - 1))
 
     def spread(self, pair: Array) -> tuple[Array, Array]:
         """Gives every position the two values of its channel; the transpose of `sums`."""
-        if not self._in_parts:
+        if not self._part:
             u, v = map(self.along, self.parts(pair))
             return u, v  # They broadcast by themselves.
-        *batch, number, _, channels = self._in_parts
-        pair = jnp.broadcast_to(pair, (2, *batch, channels))
-        pair = jnp.broadcast_to(pair[..., None, :], (2, *batch, number, channels))
-        u, v = (jnp.broadcast_to(x[..., None, :], self._in_parts) for x in self.parts(pair))
-        return self._from_parts(u), self._from_parts(v)
+        of_parts = (2, *self._part.shape_of_sums)
+        batch, last = len(self._axes.batch), len(of_parts) - 1
+        pair = jnp.broadcast_to(pair, (*of_parts[: 1 + batch], of_parts[last]))
+        pair = jnp.broadcast_to(jnp.expand_dims(pair, range(1 + batch, last)), of_parts)
+        u, v = (self._part.spread(x).reshape(self._shape) for x in self.parts(pair))
+        return u, v
 
     def along(self, values: Array) -> Array:
         """Lays (*batch, channels) out along the axes of x, with ones elsewhere."""
@@ -115,7 +149,7 @@ class Positions:
         axes = [a for a in self._axes.spatial if partitions(jax.typeof(x).sharding, a) == 1]
         if not axes:
             return x
-        devices = _devices(x, self._axes)
+        devices = devices_of_a_sample(x, self._axes)
         last = _last_of_several_positions(axes, x.shape)
         slices = [slice(0, size, 1) for size in x.shape]
         for axis in axes:
@@ -146,18 +180,6 @@ class Positions:
         sample = sample.reshape(shape)
         return type(self)(sample, axes), sample, axes.batch.index(axis)
 
-    # In two steps each: one reshape of other sizes an explicitly sharded x does not take.
-    def _of_parts(self, x: Array) -> Array:
-        return x.reshape(*self._in_a_row).reshape(self._in_parts)
-
-    def _from_parts(self, x: Array) -> Array:
-        return x.reshape(*self._in_a_row).reshape(self._shape)
-
-    @property
-    def _in_a_row(self) -> tuple[int, ...]:
-        batch = (self._shape[axis] for axis in self._axes.batch)
-        return *batch, self.number, self._shape[self._axes.channel]
-
     def _sum_at_once(self, x: Array) -> Array:
         channel = sum(axis < self._axes.channel for axis in self._axes.batch)
         return jnp.moveaxis(x.sum(self._axes.spatial), channel, -1)
@@ -175,26 +197,28 @@ def _stacked(*values: Array) -> Array:
     return jnp.stack(jnp.broadcast_arrays(*values))
 
 
-def is_on_one(platform: str, x: Array, axes: Axes) -> bool:
-    """Whether one such device has whole samples, and is traced for several operations at a time.
-
-    Where devices share an axis, what is summed over a part of it would travel between them.
-    """
-    alone = jax.default_backend() == platform and _devices(x, axes) == 1
-    return alone and not jax.config.jax_disable_jit
+def is_traced_for(platform: str) -> bool:
+    """Whether such devices are there, and several operations are traced at a time."""
+    return jax.default_backend() == platform and not jax.config.jax_disable_jit
 
 
-def _devices(x: Array, axes: Axes) -> int:
-    """Over how many devices a sample may extend, as far as tracing tells.
+def devices_of_a_sample(x: Array, axes: Axes) -> int:
+    """Over how many devices a sample may extend, as far as tracing tells."""
+    sharding = jax.typeof(x).sharding
+    known = math.prod(partitions(sharding, axis) for axis in (*axes.spatial, axes.channel))
+    return known * _automatic_devices(x)
+
+
+def _automatic_devices(x: Array) -> int:
+    """How many devices may split any axis of x.
 
     Of explicitly typed mesh axes x tells which of its own they split, and of manual ones, as in
-    `jax.shard_map` and `jax.pmap`, it is the part on one device. Others may split any axis.
+    `jax.shard_map` and `jax.pmap`, it is the part on one device.
     """
-    sharding = jax.typeof(x).sharding
-    mesh = jax.sharding.get_abstract_mesh() if sharding.mesh.empty else sharding.mesh
+    mesh = jax.typeof(x).sharding.mesh
+    mesh = jax.sharding.get_abstract_mesh() if mesh.empty else mesh
     kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True) if not mesh.empty else ()
-    automatic = math.prod(size for size, kind in kinds if kind == AxisType.Auto)
-    return automatic * math.prod(partitions(sharding, a) for a in (*axes.spatial, axes.channel))
+    return math.prod(size for size, kind in kinds if kind == AxisType.Auto)
 
 
 def _last_of_several_positions(axes: Sequence[int], shape: Sequence[int]) -> int:
@@ -227,20 +251,37 @@ def partitions(sharding: NamedSharding, axis: int) -> int:
     return math.prod(sharding.mesh.shape[name] for name in names)
 
 
-def _in_parts(x: Array, axes: Axes) -> tuple[int, ...] | None:
-    """(*batch, parts, positions of a part, channels); None where the positions stay together."""
-    shape, sharding = x.shape, jax.typeof(x).sharding
-    innermost = (*axes.spatial, axes.channel) == tuple(range(len(axes.batch), len(shape)))
-    number = math.prod(shape[axis] for axis in axes.spatial)
-    if not innermost or not isinstance(number, int):
+def _part(x: Array, axes: Axes) -> Part | None:
+    """What is summed first; None where all positions are summed at once.
+
+    Where devices may share any axis, none has a part of a part: of an axis that s of them can share
+    there are parts in a multiple of s, and axes are not merged.
+    """
+    sharding = jax.typeof(x).sharding
+    innermost = (*axes.spatial, axes.channel) == tuple(range(len(axes.batch), x.ndim))
+    number = math.prod(x.shape[axis] for axis in axes.spatial)
+    split = any(partitions(sharding, axis) > 1 for axis in axes.spatial)
+    if not innermost or split or not isinstance(number, int):
         return None
-    sizes = [n for n in range(SMALLEST_PART, LARGEST_PART + 1) if number % n == 0 and n < number]
-    if not sizes:
+    batch, channels = x.shape[: len(axes.batch)], x.shape[-1]
+    devices = _automatic_devices(x)
+    shape = x.shape if devices > 1 else (*batch, number, channels)
+    parts = [
+        part
+        for axis in range(len(batch), len(shape) - 1)
+        for size in divisors(shape[axis] // math.gcd(shape[axis], devices))
+        if SMALLEST_PART <= (part := Part(shape, axis, size)).positions <= LARGEST_PART
+        and part.positions < number
+    ]
+    if not parts:
         return None
-    *batch, channels = (shape[axis] for axis in (*axes.batch, axes.channel))
-    on_each = (shape[axis] // partitions(sharding, axis) for axis in axes.batch)
-    known_batch = math.prod(size for size in on_each if isinstance(size, int))
-    sums = known_batch * math.ceil(channels / CHANNELS_OF_A_SUM) * number
-    many_enough = [size for size in sizes if sums // size >= ENOUGH_SUMS] or sizes[:1]
-    size = min(many_enough, key=lambda size: max(size / PART, PART / size))
-    return *batch, number // size, size, channels
+    # Each device has its share of them, along whichever axis.
+    samples = math.prod(size for size in batch if isinstance(size, int))
+    sharing = devices * math.prod(partitions(sharding, axis) for axis in range(x.ndim))
+    sums = samples * math.ceil(channels / CHANNELS_OF_A_SUM) * number // sharing
+    many_enough = [part for part in parts if sums // part.positions >= ENOUGH_SUMS]
+    smallest = min(parts, key=lambda part: part.positions)
+    return min(
+        many_enough or [smallest],
+        key=lambda part: max(part.positions / PART, PART / part.positions),
+    )

@@ -54,9 +54,11 @@ def traffic(compiled):
     return sum(size for _, size in collectives(compiled))
 
 
-def moments(values):
+def moments(values, parts=1):
     """The sum of the sample; those of d and d², as one; and those of the backward pass, as one."""
-    one, two = ([(kind, n * number * X.itemsize) for kind, number in values] for n in (1, 2))
+    one, two = (
+        [(kind, n * number * X.itemsize) for kind, number in values] for n in (1, 2 * parts)
+    )
     return one + two, one + two + two
 
 
@@ -120,6 +122,12 @@ def test_values_and_gradients_equal_the_unsharded_ones(layout, num_groups, axis_
     assert gradients[0].sharding.is_equivalent_to(sharding, y.ndim), "and so does x's gradient"
 
 
+@pytest.mark.parametrize("layout", ["batch", "height", "width", "space and channels"])
+def test_in_the_form_of_gpus_they_do_too(layout, traced_for):
+    traced_for("gpu")
+    test_values_and_gradients_equal_the_unsharded_ones(layout, SPANNING, AxisType.Auto)
+
+
 @AXIS_TYPES
 @pytest.mark.parametrize("function", [normalized, x_gradient])
 @pytest.mark.parametrize("layout", ["batch", "channels", "batch and channels"])
@@ -146,18 +154,20 @@ def test_parameter_gradients_are_the_only_traffic_of_a_split_batch(axis_type):
 
 @AXIS_TYPES
 @pytest.mark.parametrize("layout", ["height", "width", "batch and space", "both axes on space"])
-def test_split_space_needs_two_small_all_reduces_and_one_more_backward(layout, axis_type):
+def test_split_space_needs_two_small_all_reduces_and_one_more_backward(layout, axis_type, backend):
     sizes, spec = LAYOUTS[layout]
     mesh = mesh_of(axis_type, **sizes)
     samples = SHAPE[0] // (sizes["a"] if layout == "batch and space" else 1)
-    forward, both = moments([("all-reduce", samples * SHAPE[-1])])
+    # On GPUs rows are summed first, which are shared where the width is split.
+    rows = layout == "width" and axis_type == AxisType.Auto and jax.default_backend() == "gpu"
+    forward, both = moments([("all-reduce", samples * SHAPE[-1])], SHAPE[1] if rows else 1)
     assert collectives(compiled_for(normalized, mesh, spec, ALIGNED)) == forward
     assert collectives(compiled_for(x_gradient, mesh, spec, ALIGNED)) == both
 
 
 @pytest.mark.parametrize("size", [24, 120, 128, 224])
 @pytest.mark.parametrize("told_by", ["its place", "in_shardings and the mesh"])
-def test_however_long_a_split_axis_only_moments_travel(size, told_by):
+def test_however_long_a_split_axis_only_moments_travel(size, told_by, backend):
     mesh = mesh_of(AxisType.Auto, a=8)
     sharding = NamedSharding(mesh, P(None, "a"))
     x = np.zeros((2, size, 8, 16), np.float32)

@@ -196,29 +196,29 @@ def test_on_a_gpu_channels_last_are_summed_in_parts(num_groups, shape, parts, tr
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices; a CPU simulates them")
-@pytest.mark.parametrize("axis_type", ["manual", "explicit"])
+@pytest.mark.parametrize("axis_type", ["manual", "explicit", "auto"])
 def test_on_a_gpu_the_parts_are_those_of_the_samples_on_one_device(axis_type, traced_for):
     traced_for("gpu")
     x = random((16, 64, 64, 24))
     split = PartitionSpec("a")
+    axis_types = (AxisType.Explicit if axis_type == "explicit" else AxisType.Auto,)
+    mesh = jax.make_mesh((8,), ("a",), axis_types)
 
     def normalized(x):
         return jgn.group_norm(x, 3)
 
     if axis_type == "manual":
-        mesh = jax.make_mesh((8,), ("a",), (AxisType.Auto,))
         normalized = jax.shard_map(normalized, mesh=mesh, in_specs=split, out_specs=split)
-        samples = 2
-    else:
-        mesh = jax.make_mesh((8,), ("a",), (AxisType.Explicit,))
-        x = jax.device_put(x, NamedSharding(mesh, split))
-        samples = 16  # A program for all devices, which XLA splits.
-    with jax.set_mesh(mesh):
-        jaxpr = jax.make_jaxpr(lambda x: jax.vjp(normalized, x)[1](x))(x).jaxpr
+    x = jax.device_put(x, NamedSharding(mesh, split))
+    samples = 2 if axis_type == "manual" else 16  # A program for all devices, which XLA splits.
+    jaxpr = jax.make_jaxpr(lambda x: jax.vjp(normalized, x)[1](x))(x).jaxpr
     sums = large_sums(jaxpr, samples * 64 * 64 * 24)
     assert len(sums) >= 4
     for equation in sums:
-        assert equation.invars[0].aval.shape == (samples, 64, 64, 24)
+        *axes, channels = equation.invars[0].aval.shape
+        # Where any axis may be split, none is merged with another: 64 rows.
+        assert (*axes, channels) == (samples, 64, *([1] if axis_type == "auto" else []), 64, 24)
+        assert equation.outvars[0].aval.shape == (samples, 64, 24)
 
 
 @GROUPS
