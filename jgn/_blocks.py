@@ -38,6 +38,7 @@ NEIGHBOURS = 16
 
 def positions_of(x: Array, axes: Axes, dtype: Any) -> Positions:
     """The spatial axes of x, which is summed in this dtype, in the way that the device wants."""
+    # What is summed over a part of an axis that devices share would travel between them.
     if not is_traced_for("cpu") or devices_of_a_sample(x, axes) > 1:
         return Positions(x, axes)
     is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
