@@ -27,6 +27,7 @@ from jgn._moments import (
     is_constant,
     kept,
     mean,
+    varying_as,
     zero_where,
 )
 
@@ -175,7 +176,7 @@ def _group_norm(
     if math.prod(x.shape) == 0:
         return jnp.zeros(x.shape, output_dtype)
     if mask is not None:
-        mask = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
+        mask = varying_as(x, mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape))
 
     def widened(x: Array) -> Array:
         x = x.astype(compute_dtype)

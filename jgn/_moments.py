@@ -68,14 +68,6 @@ class Shards(NamedTuple):
             return values
         return lax.psum(values, self.axis_name, axis_index_groups=self.axis_index_groups)
 
-    def spread(self, values: Array, x: Array) -> Array:
-        """Values that are the same on all of them, as varying as x; the transpose of `sum`.
-
-        Where they are as many as x, a sum over devices for their gradient would be as large.
-        """
-        same_on = _varying(x) - _varying(values)
-        return lax.pcast(values, tuple(same_on), to="varying") if same_on else values
-
     def count(self, on_each: int) -> Any:
         """How many elements there are on all of them: a number, unless that differs."""
         # Of a number lax.psum makes as many as the first group has indices, for every group.
@@ -157,7 +149,9 @@ class Reduction(NamedTuple):
 
     def to_channels(self, u: Array, v: Array, x: Array) -> tuple[Array, Array]:
         """Gives every channel of x its group's u and v."""
-        pair = self.shards.spread(self.positions.pair(u, v), x)
+        # Here, as what JAX does for x's sake later, for as many values as x has, its transpose, a
+        # sum over devices, does, too.
+        pair = varying_as(x, self.positions.pair(u, v))
         return self.positions.parts(self.groups.spread(pair))
 
     def _where_counted(self, values: Array) -> Array:
@@ -183,9 +177,11 @@ class Reduction(NamedTuple):
         return total
 
 
-def _varying(x: Array) -> frozenset[str]:
-    """The axes of `jax.shard_map` along which x is known to differ."""
-    return jax.typeof(x).manual_axis_type.varying
+def varying_as(x: Array, values: Array) -> Array:
+    """The values, for all devices among which x may differ, as `jax.shard_map` keeps account."""
+    of_x, of_values = (jax.typeof(array).manual_axis_type.varying for array in (x, values))
+    more = tuple(of_x - of_values)
+    return lax.pcast(values, more, to="varying") if more else values
 
 
 def kept(per_group: Array, name: str) -> Array:

@@ -750,8 +750,15 @@ MUTANTS = (
     Mutant(
         "a sum over devices of as many numbers as x has",
         "_moments.py",
-        "pair = self.shards.spread(self.positions.pair(u, v), x)",
+        "pair = varying_as(x, self.positions.pair(u, v))",
         "pair = self.positions.pair(u, v)",
+        ("sharding",),
+    ),
+    Mutant(
+        "a mask that varies less than x",
+        "_group_norm.py",
+        "mask = varying_as(x, mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape))",
+        "mask = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)",
         ("sharding",),
     ),
     Mutant(

@@ -265,6 +265,31 @@ def test_shared_statistics_equal_the_unsharded_ones(masked, check_vma, backend):
     assert traffic(both) <= 2 * three_a_channel
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_mask_may_lie_on_more_devices_than_x_is_split_over(check_vma):
+    mesh = mesh_of(AxisType.Auto, a=2, b=4)
+    mask = np.random.default_rng(2).random((*SHAPE[:3], 1)) < 0.7
+    split = P(None, "a", None, "b")  # The mask has one channel, the same for every device of b.
+    shared = jax.shard_map(
+        lambda x, mask: jgn.group_norm(x, 1, mask=mask, axis_name=("a", "b")),
+        mesh=mesh,
+        in_specs=(split, P(None, "a")),
+        out_specs=split,
+        check_vma=check_vma,
+    )
+
+    def gradient(function):
+        return jax.jit(jax.grad(lambda x: (COTANGENT * function(x)).sum()))(X)
+
+    def whole(x):
+        return jgn.group_norm(x, 1, mask=mask)
+
+    np.testing.assert_allclose(shared(X, mask), whole(X), rtol=0, atol=5e-6)
+    np.testing.assert_allclose(
+        gradient(lambda x: shared(x, mask)), gradient(whole), rtol=0, atol=5e-6
+    )
+
+
 def test_index_groups_share_statistics_among_themselves():
     mesh = mesh_of(AxisType.Auto, a=8)
     halves = [[0, 1, 2, 3], [4, 5, 6, 7]]
