@@ -264,11 +264,11 @@ def _inverse_sqrt(x: Array) -> Array:
 
 def _rows(values: Array, x: Array, axes: Axes) -> Array:
     """Gives (channels,) the rank of (*batch, channels), and explicit shardings those of x."""
-    spec = jax.typeof(x).sharding.spec
-    rows = [spec[axis] for axis in (*axes.batch, axes.channel)]
+    of_x, of_values = jax.typeof(x).sharding, jax.typeof(values).sharding
+    rows = [of_x.spec[axis] for axis in (*axes.batch, axes.channel)]
     wanted = PartitionSpec(*rows[len(rows) - values.ndim :])
-    if any(jax.typeof(values).sharding.spec) and jax.typeof(values).sharding.spec != wanted:
-        values = jax.sharding.reshard(values, wanted)
+    if any(of_values.spec) and of_values.spec != wanted:
+        values = jax.sharding.reshard(values, of_values.update(spec=wanted))
     return jnp.expand_dims(values, range(len(axes.batch) + 1 - values.ndim))
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from jgn._axes import Axes
 from jgn._positions import Positions, partitions
@@ -42,7 +42,7 @@ class Groups:
         has_lanes = self._broadcasts_on_a_cpu and self.size >= MANY
         self._in_lanes = _in_lanes(self.size) if has_lanes else (self.size, 1, 1)
         sharding = jax.typeof(x).sharding
-        self._channel_sharding = sharding.spec[axes.channel]
+        self._mesh, self._channel_names = sharding.mesh, sharding.spec[axes.channel]
         self._span_devices = num_groups % partitions(sharding, axes.channel) != 0
 
     def sum(self, per_channel: Array) -> Array:
@@ -52,7 +52,7 @@ class Groups:
         if self._num_groups == 1 and not self._on_one_cpu:  # Several devices may share the group.
             return per_channel.sum(-1, keepdims=True)
         if self._span_devices:
-            per_channel = _reshard_last(per_channel, None)
+            per_channel = _reshard_last(per_channel, None, self._mesh)
         groups = (*per_channel.shape[:-1], self._num_groups)
         if self._multiplies:
             grouped = per_channel.reshape(*groups, self.size)
@@ -76,7 +76,7 @@ class Groups:
             grouped = jnp.broadcast_to(of_lanes[..., None, None, :], in_lanes)
         per_channel = grouped.reshape(*per_group.shape[:-1], self._num_groups * self.size)
         if self._span_devices:
-            per_channel = _reshard_last(per_channel, self._channel_sharding)
+            per_channel = _reshard_last(per_channel, self._channel_names, self._mesh)
         return per_channel
 
     def once_a_group(self, per_group: Array) -> Array:
@@ -109,6 +109,6 @@ def _matmul(a: Array, b: np.ndarray) -> Array:
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
-def _reshard_last(x: Array, sharding: str | tuple[str, ...] | None) -> Array:
-    spec = jax.typeof(x).sharding.spec
-    return jax.sharding.reshard(x, PartitionSpec(*spec[:-1], sharding))
+def _reshard_last(x: Array, names: Any, mesh: AbstractMesh) -> Array:
+    spec = PartitionSpec(*jax.typeof(x).sharding.spec[:-1], names)
+    return jax.sharding.reshard(x, NamedSharding(mesh, spec))

@@ -755,6 +755,13 @@ MUTANTS = (
         ("sharding",),
     ),
     Mutant(
+        "a mesh that only a context names",
+        "_groups.py",
+        "reshard(x, NamedSharding(mesh, spec))",
+        "reshard(x, spec)",
+        ("sharding",),
+    ),
+    Mutant(
         "a mask that varies less than x",
         "_group_norm.py",
         "mask = varying_as(x, mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape))",

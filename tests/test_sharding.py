@@ -363,6 +363,26 @@ def test_a_scale_and_a_bias_may_lie_otherwise_than_x(x_spec, values_spec, num_gr
         np.testing.assert_allclose(actual, gradient, rtol=0, atol=1e-5 * np.abs(gradient).max())
 
 
+@pytest.mark.parametrize("num_groups", [ALIGNED, SPANNING])
+def test_an_explicit_mesh_needs_no_context(num_groups):
+    """x alone, by its place, tells of the mesh."""
+    mesh = mesh_of(AxisType.Explicit, data=2, model=4)
+    x = jax.device_put(X, NamedSharding(mesh, P("data", None, None, "model")))
+    scale = jax.device_put(SCALE, NamedSharding(mesh, P("data")))
+
+    def gradients(x, scale):
+        def loss(x, scale):
+            return (COTANGENT * jgn.group_norm(x, num_groups, scale)).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1)))(x, scale)
+
+    y = jgn.group_norm(x, num_groups, scale)
+    assert jax.typeof(y).sharding == jax.typeof(x).sharding
+    np.testing.assert_allclose(y, jgn.group_norm(X, num_groups, SCALE), rtol=0, atol=5e-6)
+    for actual, wanted in zip(gradients(x, scale), gradients(X, SCALE), strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+
+
 def test_an_axis_of_vmap_can_share_statistics():
     parts = jnp.asarray(X).reshape(SHAPE[0], 4, 4, *SHAPE[2:])
     y = jax.vmap(
