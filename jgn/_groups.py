@@ -67,7 +67,8 @@ class Groups:
         if self.size == 1 or (self._num_groups == 1 and not self._on_one_cpu):
             return per_group
         if self._multiplies:
-            two_columns = jnp.stack([per_group, jnp.zeros_like(per_group)], axis=-1)
+            # Padded, as zeros to be joined would lack the shardings that `jax.vmap` adds.
+            two_columns = jnp.pad(per_group[..., None], [(0, 0)] * per_group.ndim + [(0, 1)])
             grouped = _matmul(two_columns, _first_of_two(self.size, per_group.dtype).T)
         else:
             lanes = (*per_group.shape, self._in_lanes[-1])

@@ -1,5 +1,6 @@
 """Eight devices: values equal the unsharded ones, and only moments travel between devices."""
 
+import contextlib
 import functools
 import itertools
 import math
@@ -381,6 +382,25 @@ def test_an_explicit_mesh_needs_no_context(num_groups):
     np.testing.assert_allclose(y, jgn.group_norm(X, num_groups, SCALE), rtol=0, atol=5e-6)
     for actual, wanted in zip(gradients(x, scale), gradients(X, SCALE), strict=True):
         np.testing.assert_allclose(actual, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("in_context", [True, False])
+@pytest.mark.parametrize("num_groups", [1, 8, 16, 64])  # Of 64, 8, 4 and 1 channels.
+@pytest.mark.parametrize(("height", "width"), [(16, 32), (1, 31)])  # In padded blocks, too.
+def test_an_explicitly_split_axis_may_be_that_of_vmap(height, width, num_groups, in_context):
+    mesh = mesh_of(AxisType.Explicit, a=8)
+    samples, cotangents = (v[:, None, :height, :width] for v in (X, COTANGENT))
+
+    def one(x, cotangent):
+        y, vjp = jax.vjp(lambda x: jgn.group_norm(x, num_groups), x)
+        return y, *vjp(cotangent)
+
+    wanted = jax.vmap(one)(samples, cotangents)
+    split = [jax.device_put(v, NamedSharding(mesh, P("a"))) for v in (samples, cotangents)]
+    with jax.set_mesh(mesh) if in_context else contextlib.nullcontext():
+        actual = jax.jit(jax.vmap(one))(*split)
+    for found, expected in zip(actual, wanted, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=5e-6)
 
 
 def test_an_axis_of_vmap_can_share_statistics():
