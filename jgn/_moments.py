@@ -149,8 +149,8 @@ class Reduction(NamedTuple):
 
     def to_channels(self, u: Array, v: Array, x: Array) -> tuple[Array, Array]:
         """Gives every channel of x its group's u and v."""
-        # Here, as what JAX does for x's sake later, for as many values as x has, its transpose, a
-        # sum over devices, does, too.
+        # Before they are spread: JAX would do so where they meet x, and for their gradient sum as
+        # many values as x has over the devices.
         pair = varying_as(x, self.positions.pair(u, v))
         return self.positions.parts(self.groups.spread(pair))
 

@@ -212,8 +212,8 @@ def devices_of_a_sample(x: Array, axes: Axes) -> int:
 def _automatic_devices(x: Array) -> int:
     """How many devices may split any axis of x.
 
-    Of explicitly typed mesh axes x tells which of its own they split, and of manual ones, as in
-    `jax.shard_map` and `jax.pmap`, it is the part on one device.
+    Explicitly typed mesh axes split those that x itself names. And along manual ones, as in
+    `jax.shard_map` and `jax.pmap`, x is no more than what one device has.
     """
     mesh = jax.typeof(x).sharding.mesh
     mesh = jax.sharding.get_abstract_mesh() if mesh.empty else mesh
@@ -254,8 +254,8 @@ def partitions(sharding: NamedSharding, axis: int) -> int:
 def _part(x: Array, axes: Axes) -> Part | None:
     """What is summed first; None where all positions are summed at once.
 
-    Where devices may share any axis, none has a part of a part: of an axis that s of them can share
-    there are parts in a multiple of s, and axes are not merged.
+    Where devices may share any axis, no axis is merged with another, and of one that s of them can
+    share there are parts in a multiple of s: shared by devices, it leaves each of them whole parts.
     """
     sharding = jax.typeof(x).sharding
     innermost = (*axes.spatial, axes.channel) == tuple(range(len(axes.batch), x.ndim))
