@@ -385,7 +385,7 @@ def test_an_explicit_mesh_needs_no_context(num_groups):
 
 
 @pytest.mark.parametrize("in_context", [True, False])
-@pytest.mark.parametrize("num_groups", [1, 8, 16, 64])  # Of 64, 8, 4 and 1 channels.
+@pytest.mark.parametrize("num_groups", [1, 16])
 @pytest.mark.parametrize(("height", "width"), [(16, 32), (1, 31)])  # In padded blocks, too.
 def test_an_explicitly_split_axis_may_be_that_of_vmap(height, width, num_groups, in_context):
     mesh = mesh_of(AxisType.Explicit, a=8)
