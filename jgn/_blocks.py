@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jgn._axes import Axes
-from jgn._positions import Positions, by_parts, devices_of_a_sample, is_traced_for
+from jgn._devices import devices_of_a_sample, is_traced_for
+from jgn._positions import Positions, by_parts
 
 # XLA:CPU unrolls a sum of so few elements; much smaller blocks leave too much for the next sums,
 # and are made only where no others can be.

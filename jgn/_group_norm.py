@@ -18,6 +18,7 @@ from jaxtyping import Bool, Num
 from jgn._activation import ActivationWithoutArrays, split_activation
 from jgn._axes import Axes, check_num_groups, resolve_axes
 from jgn._blocks import positions_of
+from jgn._devices import varying_as
 from jgn._groups import Groups
 from jgn._moments import (
     MOMENTS,
@@ -27,7 +28,6 @@ from jgn._moments import (
     is_constant,
     kept,
     mean,
-    varying_as,
     zero_where,
 )
 

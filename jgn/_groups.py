@@ -11,7 +11,8 @@ from jax import Array, lax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from jgn._axes import Axes
-from jgn._positions import Positions, partitions
+from jgn._devices import partitions
+from jgn._positions import Positions
 
 # How many elements a vectorized loop of XLA:CPU takes at once. A plain broadcast from groups to
 # channels is fused into the loop over x, which for groups of no multiple of this size divides an

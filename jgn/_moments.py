@@ -27,11 +27,11 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jgn._devices import varying_as
 from jgn._groups import Groups
 from jgn._positions import Positions, by_parts
 
@@ -175,13 +175,6 @@ class Reduction(NamedTuple):
         """Sums a value a channel over every group, on all shards."""
         (total,) = self.shards.sum(self.groups.sum(per_channel))
         return total
-
-
-def varying_as(x: Array, values: Array) -> Array:
-    """The values, for all devices among which x may differ, as `jax.shard_map` keeps account."""
-    of_x, of_values = (jax.typeof(array).manual_axis_type.varying for array in (x, values))
-    more = tuple(of_x - of_values)
-    return lax.pcast(values, more, to="varying") if more else values
 
 
 def kept(per_group: Array, name: str) -> Array:

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import AxisType, NamedSharding
 
 from jgn._axes import Axes, divisors
+from jgn._devices import automatic_devices, devices_of_a_sample, is_traced_for, partitions
 
 # So many positions in a part keep the threads of a GPU's multiprocessor busy.
 PART = 256
@@ -65,7 +65,7 @@ class Positions:
     not.)
     """
 
-    on_one_cpu = False
+    on_one_cpu = False  # Which the classes are for that sum by blocks.
 
     def __init__(self, x: Array, axes: Axes):
         self._shape = x.shape
@@ -197,30 +197,6 @@ def _stacked(*values: Array) -> Array:
     return jnp.stack(jnp.broadcast_arrays(*values))
 
 
-def is_traced_for(platform: str) -> bool:
-    """Whether such devices are there, and several operations are traced at a time."""
-    return jax.default_backend() == platform and not jax.config.jax_disable_jit
-
-
-def devices_of_a_sample(x: Array, axes: Axes) -> int:
-    """Over how many devices a sample may extend, as far as tracing tells."""
-    sharding = jax.typeof(x).sharding
-    known = math.prod(partitions(sharding, axis) for axis in (*axes.spatial, axes.channel))
-    return known * _automatic_devices(x)
-
-
-def _automatic_devices(x: Array) -> int:
-    """How many devices may split any axis of x.
-
-    Explicitly typed mesh axes split those that x itself names. And along manual ones, as in
-    `jax.shard_map` and `jax.pmap`, x is no more than what one device has.
-    """
-    mesh = jax.typeof(x).sharding.mesh
-    mesh = jax.sharding.get_abstract_mesh() if mesh.empty else mesh
-    kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True) if not mesh.empty else ()
-    return math.prod(size for size, kind in kinds if kind == AxisType.Auto)
-
-
 def _last_of_several_positions(axes: Sequence[int], shape: Sequence[int]) -> int:
     """The last of some spatial axes; one that has fewer than 3 positions only if all have."""
     several = [axis for axis in axes if not (isinstance(shape[axis], int) and shape[axis] < 3)]
@@ -240,48 +216,46 @@ def _evenly_spaced(size: int, one_in: int, devices: int, multiple_of: int = 1) -
         return slice(start, start + (number - 1) * stride + 1, stride)
     # From the first on, strides that divide what each device has move nothing between devices.
     on_each = size // devices if size % devices == 0 else 1
-    divisors = [stride for stride in range(1, one_in + 1) if on_each % stride == 0]
-    return slice(0, size, size if size <= one_in else max(divisors))
-
-
-def partitions(sharding: NamedSharding, axis: int) -> int:
-    """Over how many devices explicitly typed mesh axes split this axis."""
-    names = sharding.spec[axis] or ()
-    names = (names,) if isinstance(names, str) else names
-    return math.prod(sharding.mesh.shape[name] for name in names)
+    stride = max(stride for stride in divisors(on_each) if stride <= one_in)
+    return slice(0, size, size if size <= one_in else stride)
 
 
 def _part(x: Array, axes: Axes) -> Part | None:
-    """What is summed first; None where all positions are summed at once.
-
-    Where devices may share any axis, no axis is merged with another, and of one that s of them can
-    share there are parts in a multiple of s: shared by devices, it leaves each of them whole parts.
-    """
-    sharding = jax.typeof(x).sharding
-    innermost = (*axes.spatial, axes.channel) == tuple(range(len(axes.batch), x.ndim))
-    number = math.prod(x.shape[axis] for axis in axes.spatial)
-    split = any(partitions(sharding, axis) > 1 for axis in axes.spatial)
-    if not innermost or split or not isinstance(number, int):
-        return None
-    batch, channels = x.shape[: len(axes.batch)], x.shape[-1]
-    devices = _automatic_devices(x)
-    shape = x.shape if devices > 1 else (*batch, number, channels)
-    parts = [
-        part
-        for axis in range(len(batch), len(shape) - 1)
-        for size in divisors(shape[axis] // math.gcd(shape[axis], devices))
-        if SMALLEST_PART <= (part := Part(shape, axis, size)).positions <= LARGEST_PART
-        and part.positions < number
-    ]
+    """What is summed first; None where all positions are summed at once."""
+    parts = _possible_parts(x, axes)
     if not parts:
         return None
+    known = math.prod(size for size in x.shape[:-1] if isinstance(size, int))
     # Each device has its share of them, along whichever axis.
-    samples = math.prod(size for size in batch if isinstance(size, int))
-    sharing = devices * math.prod(partitions(sharding, axis) for axis in range(x.ndim))
-    sums = samples * math.ceil(channels / CHANNELS_OF_A_SUM) * number // sharing
+    sharding = jax.typeof(x).sharding
+    sharing = automatic_devices(x) * math.prod(partitions(sharding, a) for a in range(x.ndim))
+    sums = known * math.ceil(x.shape[-1] / CHANNELS_OF_A_SUM) // sharing
     many_enough = [part for part in parts if sums // part.positions >= ENOUGH_SUMS]
     smallest = min(parts, key=lambda part: part.positions)
     return min(
         many_enough or [smallest],
         key=lambda part: max(part.positions / PART, PART / part.positions),
     )
+
+
+def _possible_parts(x: Array, axes: Axes) -> list[Part]:
+    """Those of a size that suits; none unless channels are innermost, or if x tells of a split.
+
+    Where devices may share any axis, no axis is merged with another, and of one that s of them can
+    share there are parts in a multiple of s: shared by devices, it leaves each of them whole parts.
+    """
+    first = len(axes.batch)
+    innermost = (*axes.spatial, axes.channel) == tuple(range(first, x.ndim))
+    split = any(partitions(jax.typeof(x).sharding, axis) > 1 for axis in axes.spatial)
+    number = math.prod(x.shape[axis] for axis in axes.spatial)
+    if not innermost or split or not isinstance(number, int):
+        return []
+    devices = automatic_devices(x)
+    shape = x.shape if devices > 1 else (*x.shape[:first], number, x.shape[-1])
+    return [
+        part
+        for axis in range(first, len(shape) - 1)
+        for size in divisors(shape[axis] // math.gcd(shape[axis], devices))
+        if SMALLEST_PART <= (part := Part(shape, axis, size)).positions <= LARGEST_PART
+        and part.positions < number
+    ]

@@ -728,21 +728,21 @@ MUTANTS = (
     ),
     Mutant(
         "plain sums of what is one device's own",
-        "_positions.py",
+        "_devices.py",
         "kinds if kind == AxisType.Auto",
         "kinds",
         ("sharding",),
     ),
     Mutant(
         "blocks of axes that are known to be split",
-        "_positions.py",
-        "return known * _automatic_devices(x)",
-        "return _automatic_devices(x)",
+        "_devices.py",
+        "return known * automatic_devices(x)",
+        "return automatic_devices(x)",
         ("sharding",),
     ),
     Mutant(
         "plain sums where the batch alone is split",
-        "_positions.py",
+        "_devices.py",
         "for axis in (*axes.spatial, axes.channel))\n",
         "for axis in range(x.ndim))\n",
         ("sharding",),
@@ -771,8 +771,8 @@ MUTANTS = (
     Mutant(
         "parts on a GPU for the samples of all of them",
         "_positions.py",
-        "* number // sharing",
-        "* number",
+        "/ CHANNELS_OF_A_SUM) // sharing",
+        "/ CHANNELS_OF_A_SUM)",
         ("structure",),
     ),
     Mutant(
@@ -792,8 +792,8 @@ MUTANTS = (
     Mutant(
         "axes merged on a GPU that devices may share",
         "_positions.py",
-        "x.shape if devices > 1 else (*batch, number, channels)",
-        "(*batch, number, channels)",
+        "x.shape if devices > 1 else (*x.shape[:first], number, x.shape[-1])",
+        "(*x.shape[:first], number, x.shape[-1])",
         ("structure",),
     ),
     Mutant(
