@@ -28,7 +28,7 @@ def equinox_prelu(slope):
 
 
 def partial(slope):
-    return Partial(jax.nn.leaky_relu, negative_slope=jnp.asarray(slope))
+    return Partial(jax.nn.leaky_relu, negative_slope=jnp.asarray(slope, jnp.float32))
 
 
 EVERY_KIND = pytest.mark.parametrize("activation", [prelu, equinox_prelu, partial])
