@@ -6,15 +6,17 @@ So the spatial axes are summed block by block, and what that leaves again, until
 first of these sums is the only one over an array of x's size.
 """
 
+import itertools
 import math
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jgn._axes import Axes
-from jgn._devices import devices_of_a_sample, is_traced_for
+from jgn._devices import devices_of_a_sample, devices_of_an_axis, is_traced_for, partitions
 from jgn._positions import Positions, by_parts
 
 # XLA:CPU unrolls a sum of so few elements; much smaller blocks leave too much for the next sums,
@@ -30,6 +32,9 @@ ENOUGH = 64
 # if it is not more than so many positions along one axis, or along several: a longer sum would
 # round too much. XLA:CPU sums 32 after 32 along one axis, but term by term along several.
 LONGEST, LONGEST_OF_SEVERAL = 256, 64
+# Where sizes are symbolic, blocks have so many positions, until there are so many in all: a padding
+# is cheap then, if the size that is found in the end needs one, and the rest mostly short.
+SYMBOLIC_BLOCK, ENOUGH_SYMBOLIC = 8, 4096
 # Of so few equal elements one sum is near enough to their multiple.
 FEW = 128
 # How many neighbours in memory a vectorized loop needs. Where they are positions, a block has
@@ -39,8 +44,7 @@ NEIGHBOURS = 16
 
 def positions_of(x: Array, axes: Axes, dtype: Any) -> Positions:
     """The spatial axes of x, which is summed in this dtype, in the way that the device wants."""
-    # What is summed over a part of an axis that devices share would travel between them.
-    if not is_traced_for("cpu") or devices_of_a_sample(x, axes) > 1:
+    if not is_traced_for("cpu"):
         return Positions(x, axes)
     is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
     return ComplexPositions(x, axes) if is_complex else PositionsInBlocks(x, axes)
@@ -53,36 +57,47 @@ class Block(NamedTuple):
     """
 
     axis: int
-    positions: int
+    positions: Any  # An int, or symbolic.
     size: int
     stride: int
 
     @property
-    def left(self) -> int:
-        """How many positions there are after it."""
-        return self.stride * math.ceil(self.positions / (self.size * self.stride))
+    def segments(self) -> Any:
+        """How many parts of size · stride neighbours there are, in which blocks alternate."""
+        return -(-self.positions // (self.size * self.stride))
 
     @property
-    def padding(self) -> int:
+    def left(self) -> Any:
+        """How many positions there are after it."""
+        return self.segments * self.stride
+
+    @property
+    def padding(self) -> Any:
         """How many positions the last block lacks."""
         return self.left * self.size - self.positions
+
+    @property
+    def may_be_padded(self) -> bool:
+        return not isinstance(self.positions, int) or self.padding > 0
 
     def sum(self, x: Array) -> Array:
         """Sums the blocks of x."""
         before, after = x.shape[: self.axis], x.shape[self.axis + 1 :]
-        padded = self._padded(x) if self.padding else x
-        split = (self.left // self.stride, self.size, self.stride)
-        summed = padded.reshape(*before, *split, *after).sum(self.axis + 1)
-        return summed.reshape(*before, self.left, *after)
+        padded = self._padded(x) if self.may_be_padded else x
+        # In two steps, as an explicitly split axis bears no other way.
+        in_strides = padded.reshape(*before, self.segments * self.size, self.stride, *after)
+        split = in_strides.reshape(*before, self.segments, self.size, self.stride, *after)
+        return split.sum(self.axis + 1).reshape(*before, self.left, *after)
 
     def spread(self, x: Array) -> Array:
         """Repeats the elements of x as many times as `sum` adds up; its transpose."""
         before, after = x.shape[: self.axis], x.shape[self.axis + 1 :]
-        number = self.left // self.stride
-        shape = (*before, number, self.size, self.stride, *after)
-        repeated = jnp.broadcast_to(x.reshape(*before, number, 1, self.stride, *after), shape)
-        padded = repeated.reshape(*before, self.left * self.size, *after)
-        return self._cut(padded) if self.padding else padded
+        blocks = x.reshape(*before, self.segments, self.stride, *after)
+        split = (*before, self.segments, self.size, self.stride, *after)
+        repeated = jnp.broadcast_to(jnp.expand_dims(blocks, self.axis + 1), split)
+        in_strides = repeated.reshape(*before, self.segments * self.size, self.stride, *after)
+        padded = in_strides.reshape(*before, self.left * self.size, *after)
+        return self._cut(padded) if self.may_be_padded else padded
 
     # By parts, as XLA:CPU does not vectorize a loop that pads complex numbers.
     def _padded(self, x: Array) -> Array:
@@ -97,31 +112,30 @@ class PositionsInBlocks(Positions):
     """The spatial axes of x, and the blocks, if any are possible, by which they are summed.
 
     A pair is one complex array, of whose two parts one loop makes both sums. It is conjugated after
-    each block, as XLA would make one long sum of two short ones that follow each other. Of sizes
-    that are not known there are no blocks, and such a loop over all positions may be slow.
+    each block, as XLA would make one long sum of two short ones that follow each other. Without
+    blocks sums are plain where several devices may share the positions: then there are too many for
+    such a loop.
     """
-
-    on_one_cpu = True
 
     def __init__(self, x: Array, axes: Axes):
         super().__init__(x, axes)
         largest = LARGEST_BLOCK if x.dtype.itemsize > 2 else LARGEST_NARROW_BLOCK
-        self._blocks = _blocks(x.shape, axes.spatial, largest)
-        self._sums_are_plain = not self._blocks and not isinstance(self.number, int)
+        self._blocks = _blocks(x, axes, largest)
+        self._sums_are_plain = not self._blocks and not self.on_one_cpu
+        sharding = jax.typeof(x).sharding
+        is_split = any(partitions(sharding, axis) > 1 for axis in axes.spatial)
+        self._explicit_sharding = sharding if is_split else None
 
     def sum(self, x: Array) -> Array:
         few = isinstance(self.number, int) and self.number <= FEW
         if few or not self._blocks:
             return self._sum_at_once(x)
-        return self.parts(self.sums(x, x))[0]
+        return self._sum_at_once(self._sums_of_blocks(x, x).real)
 
     def sums(self, u: Array, v: Array) -> Array:
         if self._sums_are_plain:
             return self.pair(self._sum_at_once(u), self._sum_at_once(v))
-        both = lax.complex(u, v)
-        for block in self._blocks:
-            both = lax.conj(block.sum(both))
-        return self._sum_at_once(both)
+        return self._sum_at_once(self._sums_of_blocks(u, v))
 
     def spread(self, pair: Array) -> tuple[Array, Array]:
         if self._sums_are_plain:
@@ -129,7 +143,7 @@ class PositionsInBlocks(Positions):
         shape = list(self._shape)
         for block in self._blocks:
             shape[block.axis] = block.left
-        both = jnp.broadcast_to(self.along(pair), shape)
+        both = jnp.broadcast_to(self.along(pair), shape, out_sharding=self._explicit_sharding)
         for block in reversed(self._blocks):
             both = block.spread(lax.conj(both))
         return both.real, both.imag
@@ -143,10 +157,17 @@ class PositionsInBlocks(Positions):
 
     @property
     def are_padded(self) -> bool:
-        return bool(self._blocks) and self._blocks[0].padding > 0
+        return bool(self._blocks) and self._blocks[0].may_be_padded
 
     def once_a_channel(self, *values: Array) -> Sequence[Array]:
-        return values  # `Groups` sees to that on a CPU.
+        # On one CPU `Groups` sees to that.
+        return values if self.on_one_cpu else super().once_a_channel(*values)
+
+    def _sums_of_blocks(self, u: Array, v: Array) -> Array:
+        both = lax.complex(u, v)
+        for block in self._blocks:
+            both = lax.conj(block.sum(both))
+        return both
 
     def _as_after_the_blocks(self, both: Array) -> Array:
         """Each block has conjugated them; its own inverse."""
@@ -158,8 +179,6 @@ class ComplexPositions(Positions):
 
     As they are, XLA:CPU would sum complex numbers one by one, which takes longer and rounds more.
     """
-
-    on_one_cpu = True
 
     def __init__(self, x: Array, axes: Axes):
         super().__init__(x, axes)
@@ -177,29 +196,52 @@ class ComplexPositions(Positions):
         return by_parts(lambda u, v: part.spread(part.pair(u, v)), *self.parts(pair))
 
 
-def _blocks(shape: Sequence[int], spatial: Sequence[int], largest: int) -> list[Block]:
+def _blocks(x: Array, axes: Axes, largest: int) -> list[Block]:
     """The blocks of at most so many positions to sum, in this order.
 
-    There are none for a single position, for too few neighbours in memory, and where no size is
-    known.
+    There are none for a single position, nor for too few neighbours in memory. Of an axis that s
+    devices may share there are a multiple of s, none of them padded, so that each device has whole
+    blocks.
     """
-    sizes = {axis: shape[axis] for axis in spatial if isinstance(shape[axis], int)}  # Not symbolic.
-    strides = {axis: NEIGHBOURS if axis == len(shape) - 1 else 1 for axis in sizes}
+    sizes = {axis: x.shape[axis] for axis in axes.spatial}
+    strides = {axis: NEIGHBOURS if axis == x.ndim - 1 else 1 for axis in sizes}
+    if not all(isinstance(size, int) for size in sizes.values()):
+        alone = devices_of_a_sample(x, axes) == 1
+        return _blocks_of_symbolic_sizes(sizes, strides) if alone else []
+    shares = {axis: math.gcd(size, devices_of_an_axis(x, axis)) for axis, size in sizes.items()}
     blocks: list[Block] = []
     while math.prod(block.size for block in blocks) < ENOUGH or _is_long(sizes.values()):
         possible = [
-            Block(axis, positions, size, strides[axis])
+            block
             for axis, positions in sizes.items()
             for size in range(2, largest + 1)
+            if not (block := Block(axis, positions, size, strides[axis])).segments % shares[axis]
         ]
-        whole = [block for block in possible if not block.padding]
+        whole = [block for block in possible if not block.may_be_padded]
         large = [block for block in whole if blocks or block.size >= SMALLEST_BLOCK]
         may_pad = not blocks or _is_long(sizes.values())
-        block = _largest(large) or (_best_padded(possible) if may_pad else None) or _largest(whole)
+        of_one_device = [block for block in possible if may_pad and shares[block.axis] == 1]
+        block = _largest(large) or _best_padded(of_one_device) or _largest(whole)
         if block is None:
             break
         blocks.append(block)
         sizes[block.axis] = block.left
+    return blocks
+
+
+def _blocks_of_symbolic_sizes(sizes: dict[int, Any], strides: dict[int, int]) -> list[Block]:
+    """Those that do for sizes of any kind, along each axis in turn.
+
+    Neighbours in memory, of which a small number would mostly be padding, only if there are no
+    others.
+    """
+    axes = [axis for axis in sizes if strides[axis] == 1] or list(sizes)
+    blocks: list[Block] = []
+    for axis in itertools.cycle(reversed(axes)):
+        if SYMBOLIC_BLOCK ** len(blocks) >= ENOUGH_SYMBOLIC:
+            break
+        blocks.append(Block(axis, sizes[axis], SYMBOLIC_BLOCK, strides[axis]))
+        sizes[axis] = blocks[-1].left
     return blocks
 
 

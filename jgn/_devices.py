@@ -21,6 +21,11 @@ def devices_of_a_sample(x: Array, axes: Axes) -> int:
     return known * automatic_devices(x)
 
 
+def devices_of_an_axis(x: Array, axis: int) -> int:
+    """Over how many devices this axis may extend, as far as tracing tells."""
+    return partitions(jax.typeof(x).sharding, axis) * automatic_devices(x)
+
+
 def automatic_devices(x: Array) -> int:
     """How many devices may split any axis of x.
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jgn._axes import Axes
 from jgn._devices import partitions
@@ -51,9 +51,9 @@ class Groups:
         if self.size == 1:
             return per_channel
         if self._num_groups == 1 and not self._on_one_cpu:  # Several devices may share the group.
-            return per_channel.sum(-1, keepdims=True)
+            return jnp.conj(jnp.conj(per_channel).sum(-1, keepdims=True))
         if self._span_devices:
-            per_channel = _reshard_last(per_channel, None, self._mesh)
+            per_channel = self._reshard(per_channel, None)
         groups = (*per_channel.shape[:-1], self._num_groups)
         if self._multiplies:
             grouped = per_channel.reshape(*groups, self.size)
@@ -65,8 +65,10 @@ class Groups:
 
     def spread(self, per_group: Array) -> Array:
         """Gives every channel its group's value; the transpose of `sum`."""
-        if self.size == 1 or (self._num_groups == 1 and not self._on_one_cpu):
+        if self.size == 1:
             return per_group
+        if self._num_groups == 1 and not self._on_one_cpu:
+            return self._to_all_channels(per_group)
         if self._multiplies:
             # Padded, as zeros to be joined would lack the shardings that `jax.vmap` adds.
             two_columns = jnp.pad(per_group[..., None], [(0, 0)] * per_group.ndim + [(0, 1)])
@@ -78,7 +80,7 @@ class Groups:
             grouped = jnp.broadcast_to(of_lanes[..., None, None, :], in_lanes)
         per_channel = grouped.reshape(*per_group.shape[:-1], self._num_groups * self.size)
         if self._span_devices:
-            per_channel = _reshard_last(per_channel, self._channel_names, self._mesh)
+            per_channel = self._reshard(per_channel, self._channel_names)
         return per_channel
 
     def once_a_group(self, per_group: Array) -> Array:
@@ -91,6 +93,26 @@ class Groups:
             return per_group
         ones = jnp.ones_like(per_group)
         return per_group / lax.clamp(ones, lax.stop_gradient(per_group), ones)
+
+    def _to_all_channels(self, of_one_group: Array) -> Array:
+        if not jnp.iscomplexobj(of_one_group):
+            return of_one_group  # It broadcasts by itself.
+        # Conjugated, as pairs by blocks are: else XLA would make one sum, backward, of those over
+        # channels and over positions.
+        names = self._channel_names
+        repeated = jnp.broadcast_to(
+            jnp.conj(of_one_group),
+            (*of_one_group.shape[:-1], self.size),
+            out_sharding=self._sharding(of_one_group, names) if names else None,
+        )
+        return jnp.conj(repeated)
+
+    def _reshard(self, values: Array, channel_names: Any) -> Array:
+        return jax.sharding.reshard(values, self._sharding(values, channel_names))
+
+    def _sharding(self, values: Array, channel_names: Any) -> NamedSharding:
+        of_others = jax.typeof(values).sharding.spec[:-1]
+        return NamedSharding(self._mesh, PartitionSpec(*of_others, channel_names))
 
 
 def _in_lanes(size: int) -> tuple[int, int, int]:
@@ -109,8 +131,3 @@ def _first_of_two(size: int, dtype: Any) -> np.ndarray:
 
 def _matmul(a: Array, b: np.ndarray) -> Array:
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
-
-
-def _reshard_last(x: Array, names: Any, mesh: AbstractMesh) -> Array:
-    spec = PartitionSpec(*jax.typeof(x).sharding.spec[:-1], names)
-    return jax.sharding.reshard(x, NamedSharding(mesh, spec))

@@ -65,11 +65,10 @@ class Positions:
     not.)
     """
 
-    on_one_cpu = False  # Which the classes are for that sum by blocks.
-
     def __init__(self, x: Array, axes: Axes):
         self._shape = x.shape
         self._axes = axes
+        self.on_one_cpu = is_traced_for("cpu") and devices_of_a_sample(x, axes) == 1
         self._part = _part(x, axes) if is_traced_for("gpu") else None
 
     @property
@@ -215,7 +214,7 @@ def _evenly_spaced(size: int, one_in: int, devices: int, multiple_of: int = 1) -
         start = (size - 1 - (number - 1) * stride) // 2
         return slice(start, start + (number - 1) * stride + 1, stride)
     # From the first on, strides that divide what each device has move nothing between devices.
-    on_each = size // devices if size % devices == 0 else 1
+    on_each = size // math.gcd(size, devices)
     stride = max(stride for stride in divisors(on_each) if stride <= one_in)
     return slice(0, size, size if size <= one_in else stride)
 

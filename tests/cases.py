@@ -77,7 +77,7 @@ def random(shape, seed=0, mean=1.0, deviation=2.0, dtype="float32"):
 
 
 def on_a_mesh(x):
-    """x on two devices, where there are; on such a mesh a CPU sums as other backends do."""
+    """x on two devices, where there are; as far as tracing tells, they may split any axis."""
     devices = jax.devices()[:2]
     axis_types = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((len(devices),), ("a",), axis_types, devices=devices)

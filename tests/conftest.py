@@ -29,5 +29,5 @@ def traced_for(monkeypatch):
 
 @pytest.fixture(params=["cpu", "gpu"])
 def backend(request, traced_for):
-    """Either form; others, and CPUs that may share a sample, have the GPU's without parts."""
+    """Either form; other backends have the GPU's without parts."""
     traced_for(request.param)

@@ -166,7 +166,7 @@ def test_split_space_needs_two_small_all_reduces_and_one_more_backward(layout, a
     assert collectives(compiled_for(x_gradient, mesh, spec, ALIGNED)) == both
 
 
-@pytest.mark.parametrize("size", [24, 120, 128, 224])
+@pytest.mark.parametrize("size", [24, 120, 128, 184, 224])  # Of 184, 23 have no whole blocks.
 @pytest.mark.parametrize("told_by", ["its place", "in_shardings and the mesh"])
 def test_however_long_a_split_axis_only_moments_travel(size, told_by, backend):
     mesh = mesh_of(AxisType.Auto, a=8)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import EVERY_CASE, batch_shape, on_a_mesh, random
+from jax import export
 from oracle import Oracle, moment_roundoff, tolerance, unit_roundoff, wide
 
 import jgn
@@ -400,7 +401,14 @@ def test_of_a_constant_cotangent_only_rounding_is_left(shape, num_groups):
         assert np.abs(gradient(x, cotangent)).max() <= 1e-6 * 0.7 / x.std(), f"mean {mean} σ"
 
 
-@pytest.mark.parametrize("mask", [None, True])
+def two_values(generator, share, shape, dtype="float32"):
+    values = np.where(generator.random(shape) < share, *generator.uniform(-2, 2, 2))
+    return (values * (1 if dtype == "float32" else 1 + 0.3j)).astype(dtype)
+
+
+@pytest.mark.parametrize(
+    ("mask", "placed"), [(None, np.asarray), (True, np.asarray), (None, on_a_mesh)]
+)
 @pytest.mark.parametrize(
     ("shape", "num_groups", "channel_axis", "dtype"),
     [
@@ -414,23 +422,49 @@ def test_of_a_constant_cotangent_only_rounding_is_left(shape, num_groups):
         ((2, 32, 32, 32, 4), 4, -1, "complex64"),
     ],
 )
-def test_elements_that_round_alike_cost_no_digits(shape, num_groups, channel_axis, dtype, mask):
+def test_elements_that_round_alike_cost_no_digits(
+    shape, num_groups, channel_axis, dtype, mask, placed
+):
     """Of equal terms, one long sum would round in one direction, time and again."""
     generator = np.random.default_rng(0)
-
-    def two_values(share):
-        values = np.where(generator.random(shape) < share, *generator.uniform(-2, 2, 2))
-        return (values * (1 if dtype == "float32" else 1 + 0.3j)).astype(dtype)
 
     def normalized(x):
         return jgn.group_norm(x, num_groups, mask=mask, channel_axis=channel_axis)
 
     for share in (0.02, 0.5):
-        x, cotangent = two_values(share), two_values(share)
-        y, vjp = jax.vjp(jax.jit(normalized), x)
+        x, cotangent = (two_values(generator, share, shape, dtype) for _ in range(2))
+        y, vjp = jax.vjp(jax.jit(normalized), placed(x))
         oracle = Oracle(x, num_groups, channel_axis=channel_axis)
-        for actual, wanted in ((y, oracle.y), (vjp(cotangent)[0], oracle.gradients(cotangent).x)):
+        for actual, wanted in (
+            (y, oracle.y),
+            (vjp(placed(cotangent))[0], oracle.gradients(cotangent).x),
+        ):
             assert np.abs(actual - wanted).max() <= 1e-6 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape", "num_groups", "channel_axis"),
+    [
+        ("1, h, w, 32", (1, 128, 128, 32), 1, -1),
+        ("n, l, 4", (2, 10007, 4), 4, -1),
+        ("n, 8, l", (1, 8, 10007), 8, 1),
+        ("n, 4, d, h, w", (2, 4, 23, 29, 31), 2, 1),
+    ],
+)
+def test_nor_do_they_where_sizes_are_symbolic(sizes, shape, num_groups, channel_axis):
+    def value_and_gradient(x, cotangent):
+        y, vjp = jax.vjp(lambda x: jgn.group_norm(x, num_groups, channel_axis=channel_axis), x)
+        return y, vjp(cotangent)[0]
+
+    symbolic = jax.ShapeDtypeStruct(export.symbolic_shape(sizes), "float32")
+    exported = export.export(jax.jit(value_and_gradient))(symbolic, symbolic)
+    generator = np.random.default_rng(0)
+    for share in (0.02, 0.5):
+        x, cotangent = (two_values(generator, share, shape) for _ in range(2))
+        oracle = Oracle(x, num_groups, channel_axis=channel_axis)
+        wanted = oracle.y, oracle.gradients(cotangent).x
+        for actual, expected in zip(exported.call(x, cotangent), wanted, strict=True):
+            assert np.abs(actual - expected).max() <= 1e-6 * np.abs(expected).max()
 
 
 def test_float16_up_to_its_largest():
