@@ -11,7 +11,7 @@ from jax.tree_util import Partial
 
 
 class ActivationWithoutArrays(NamedTuple):
-    """The rest of an activation, which is a pytree; of a plain function, that function."""
+    """A pytree's structure, and those of its leaves that are no arrays; a function is one leaf."""
 
     structure: Any
     leaves: tuple[Any, ...]

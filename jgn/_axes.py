@@ -14,7 +14,7 @@ class Axes(NamedTuple):
     channel: int
 
     def split(self, axis: int) -> "Axes":
-        """Those that there are once a spatial axis is two, the first of them a batch axis."""
+        """Those of x once a spatial axis is split in two, the first of which is a batch axis."""
 
         def moved(other: int) -> int:
             return other + (other >= axis)

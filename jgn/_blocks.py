@@ -6,7 +6,6 @@ So the spatial axes are summed block by block, and what that leaves again, until
 first of these sums is the only one over an array of x's size.
 """
 
-import itertools
 import math
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from jax import Array, lax
 
 from jgn._axes import Axes
 from jgn._devices import devices_of_a_sample, devices_of_an_axis, is_traced_for, partitions
-from jgn._positions import Positions, by_parts
+from jgn._positions import Positions, by_components
 
 # XLA:CPU unrolls a sum of so few elements; much smaller blocks leave too much for the next sums,
 # and are made only where no others can be.
@@ -102,10 +101,12 @@ class Block(NamedTuple):
     # By parts, as XLA:CPU does not vectorize a loop that pads complex numbers.
     def _padded(self, x: Array) -> Array:
         behind = [(0, self.padding if axis == self.axis else 0, 0) for axis in range(x.ndim)]
-        return by_parts(lambda part: lax.pad(part, jnp.zeros((), part.dtype), behind), x)
+        return by_components(lambda real: lax.pad(real, jnp.zeros((), real.dtype), behind), x)
 
     def _cut(self, x: Array) -> Array:
-        return by_parts(lambda part: lax.slice_in_dim(part, 0, self.positions, axis=self.axis), x)
+        return by_components(
+            lambda real: lax.slice_in_dim(real, 0, self.positions, axis=self.axis), x
+        )
 
 
 class PositionsInBlocks(Positions):
@@ -113,7 +114,7 @@ class PositionsInBlocks(Positions):
 
     A pair is one complex array, of whose two parts one loop makes both sums. It is conjugated after
     each block, as XLA would make one long sum of two short ones that follow each other. Without
-    blocks sums are plain where several devices may share the positions: then there are too many for
+    blocks sums are plain where several devices may share the positions: there may be too many for
     such a loop.
     """
 
@@ -122,9 +123,8 @@ class PositionsInBlocks(Positions):
         largest = LARGEST_BLOCK if x.dtype.itemsize > 2 else LARGEST_NARROW_BLOCK
         self._blocks = _blocks(x, axes, largest)
         self._sums_are_plain = not self._blocks and not self.on_one_cpu
-        sharding = jax.typeof(x).sharding
-        is_split = any(partitions(sharding, axis) > 1 for axis in axes.spatial)
-        self._explicit_sharding = sharding if is_split else None
+        is_split = any(partitions(x, axis) > 1 for axis in axes.spatial)
+        self._explicit_sharding = jax.typeof(x).sharding if is_split else None
 
     def sum(self, x: Array) -> Array:
         few = isinstance(self.number, int) and self.number <= FEW
@@ -151,7 +151,7 @@ class PositionsInBlocks(Positions):
     def pair(self, u: Array, v: Array) -> Array:
         return self._as_after_the_blocks(lax.complex(u, v))
 
-    def parts(self, pair: Array) -> tuple[Array, Array]:
+    def unpair(self, pair: Array) -> tuple[Array, Array]:
         both = self._as_after_the_blocks(pair)
         return both.real, both.imag
 
@@ -182,26 +182,28 @@ class ComplexPositions(Positions):
 
     def __init__(self, x: Array, axes: Axes):
         super().__init__(x, axes)
-        self._of_a_part = PositionsInBlocks(x, axes)
+        self._of_a_component = PositionsInBlocks(x, axes)
 
     def sum(self, x: Array) -> Array:
-        return by_parts(self._of_a_part.sum, x)
+        return by_components(self._of_a_component.sum, x)
 
     def sums(self, u: Array, v: Array) -> Array:
-        part = self._of_a_part
-        return self.pair(*by_parts(lambda u, v: part.parts(part.sums(u, v)), u, v))
+        component = self._of_a_component
+        return self.pair(*by_components(lambda u, v: component.unpair(component.sums(u, v)), u, v))
 
     def spread(self, pair: Array) -> tuple[Array, Array]:
-        part = self._of_a_part
-        return by_parts(lambda u, v: part.spread(part.pair(u, v)), *self.parts(pair))
+        component = self._of_a_component
+        return by_components(
+            lambda u, v: component.spread(component.pair(u, v)), *self.unpair(pair)
+        )
 
 
 def _blocks(x: Array, axes: Axes, largest: int) -> list[Block]:
     """The blocks of at most so many positions to sum, in this order.
 
-    There are none for a single position, nor for too few neighbours in memory. Of an axis that s
-    devices may share there are a multiple of s, none of them padded, so that each device has whole
-    blocks.
+    There are none for a single position, for too few neighbours in memory, nor for symbolic sizes
+    that several devices may share. Of an axis that s devices may share there are a multiple of s,
+    none of them padded, so that no device has part of one.
     """
     sizes = {axis: x.shape[axis] for axis in axes.spatial}
     strides = {axis: NEIGHBOURS if axis == x.ndim - 1 else 1 for axis in sizes}
@@ -230,18 +232,21 @@ def _blocks(x: Array, axes: Axes, largest: int) -> list[Block]:
 
 
 def _blocks_of_symbolic_sizes(sizes: dict[int, Any], strides: dict[int, int]) -> list[Block]:
-    """Those that do for sizes of any kind, along each axis in turn.
+    """Those that do for sizes of any kind, along one axis after the other.
 
-    Neighbours in memory, of which a small number would mostly be padding, only if there are no
-    others.
+    Along neighbours in memory, of which there may be few, only if there is no other large axis: of
+    few, most would be padding.
     """
-    axes = [axis for axis in sizes if strides[axis] == 1] or list(sizes)
-    blocks: list[Block] = []
-    for axis in itertools.cycle(reversed(axes)):
-        if SYMBOLIC_BLOCK ** len(blocks) >= ENOUGH_SYMBOLIC:
-            break
-        blocks.append(Block(axis, sizes[axis], SYMBOLIC_BLOCK, strides[axis]))
-        sizes[axis] = blocks[-1].left
+    sizes, blocks = dict(sizes), []
+    while SYMBOLIC_BLOCK ** len(blocks) < ENOUGH_SYMBOLIC:
+        may_be_large = [
+            axis
+            for axis, size in sizes.items()
+            if not isinstance(size, int) or size >= SYMBOLIC_BLOCK
+        ]
+        for axis in [axis for axis in may_be_large if strides[axis] == 1] or may_be_large:
+            blocks.append(Block(axis, sizes[axis], SYMBOLIC_BLOCK, strides[axis]))
+            sizes[axis] = blocks[-1].left
     return blocks
 
 

@@ -4,26 +4,25 @@ import math
 
 import jax
 from jax import Array, lax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType
 
 from jgn._axes import Axes
 
 
 def is_traced_for(platform: str) -> bool:
-    """Whether such devices are there, and several operations are traced at a time."""
+    """Whether this is JAX's default backend, and several operations are traced at a time."""
     return jax.default_backend() == platform and not jax.config.jax_disable_jit
 
 
 def devices_of_a_sample(x: Array, axes: Axes) -> int:
     """Over how many devices a sample may extend, as far as tracing tells."""
-    sharding = jax.typeof(x).sharding
-    known = math.prod(partitions(sharding, axis) for axis in (*axes.spatial, axes.channel))
+    known = math.prod(partitions(x, axis) for axis in (*axes.spatial, axes.channel))
     return known * automatic_devices(x)
 
 
 def devices_of_an_axis(x: Array, axis: int) -> int:
     """Over how many devices this axis may extend, as far as tracing tells."""
-    return partitions(jax.typeof(x).sharding, axis) * automatic_devices(x)
+    return partitions(x, axis) * automatic_devices(x)
 
 
 def automatic_devices(x: Array) -> int:
@@ -38,8 +37,9 @@ def automatic_devices(x: Array) -> int:
     return math.prod(size for size, kind in kinds if kind == AxisType.Auto)
 
 
-def partitions(sharding: NamedSharding, axis: int) -> int:
+def partitions(x: Array, axis: int) -> int:
     """Over how many devices explicitly typed mesh axes split this axis."""
+    sharding = jax.typeof(x).sharding
     names = sharding.spec[axis] or ()
     names = (names,) if isinstance(names, str) else names
     return math.prod(sharding.mesh.shape[name] for name in names)

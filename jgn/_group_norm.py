@@ -185,7 +185,7 @@ def _group_norm(
         # So that 0 · x = 0 under the mask, whatever multiplies x in the backward pass.
         return jnp.where(mask | (jnp.abs(x) < math.sqrt(jnp.finfo(x.dtype).max)), x, 0)
 
-    # The identity holds for every k and q, so without their gradients no derivative changes.
+    # Whatever k and q are, μ and σ² are the same, and so are all derivatives without theirs.
     constant = widened(lax.stop_gradient(x))
     positions = positions_of(x, axes, compute_dtype)
     groups = Groups(constant, axes, num_groups, positions)
@@ -201,7 +201,7 @@ def _group_norm(
     @functools.partial(
         jax.checkpoint,
         policy=jax.checkpoint_policies.save_only_these_names(residuals),
-        prevent_cse=reduction.positions.number != 1,
+        prevent_cse=positions.number != 1,
     )
     def normalized(x, k, q, n, scale, bias):
         scale = None if scale is None else _rows(scale.astype(compute_dtype), x, axes)

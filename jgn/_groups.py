@@ -39,18 +39,19 @@ class Groups:
         # A loop with branches is not vectorized if its iterations share a value inside of them.
         dear = positions.are_padded if num_groups == 1 else self.size % LANES != 0
         self._multiplies = self._on_one_cpu and in_the_innermost_loop and dear and self.size != 1
-        self._broadcasts_on_a_cpu = self._on_one_cpu and not self._multiplies
-        has_lanes = self._broadcasts_on_a_cpu and self.size >= MANY
-        self._in_lanes = _in_lanes(self.size) if has_lanes else (self.size, 1, 1)
+        self._broadcasts_on_one_cpu = self._on_one_cpu and not self._multiplies
+        has_lanes = self._broadcasts_on_one_cpu and self.size >= MANY
+        self._lane_shape = _split_into_lanes(self.size) if has_lanes else (self.size, 1, 1)
         sharding = jax.typeof(x).sharding
         self._mesh, self._channel_names = sharding.mesh, sharding.spec[axes.channel]
-        self._span_devices = num_groups % partitions(sharding, axes.channel) != 0
+        self._span_devices = num_groups % partitions(x, axes.channel) != 0
 
     def sum(self, per_channel: Array) -> Array:
         """Sums a value a channel over every group."""
         if self.size == 1:
             return per_channel
-        if self._num_groups == 1 and not self._on_one_cpu:  # Several devices may share the group.
+        # Not reshaped, as then all of it would go to every device that shares the group.
+        if self._num_groups == 1 and not self._on_one_cpu:
             return jnp.conj(jnp.conj(per_channel).sum(-1, keepdims=True))
         if self._span_devices:
             per_channel = self._reshard(per_channel, None)
@@ -59,25 +60,28 @@ class Groups:
             grouped = per_channel.reshape(*groups, self.size)
             return _matmul(grouped, _first_of_two(self.size, grouped.dtype))[..., 0]
         # Conjugated in between, as pairs by blocks are: else XLA would make one sum of the two.
-        # Nor does it add that over positions to one along two axes, be one of them of size 1.
-        of_lanes = per_channel.reshape(*groups, *self._in_lanes).sum((-3, -2))
+        # A sum along two axes, even if one has size 1, it does not merge with that over positions.
+        of_lanes = per_channel.reshape(*groups, *self._lane_shape).sum((-3, -2))
         return jnp.conj(jnp.conj(of_lanes).sum(-1))
 
     def spread(self, per_group: Array) -> Array:
-        """Gives every channel its group's value; the transpose of `sum`."""
+        """Gives every channel its group's value; the transpose of `sum`.
+
+        Real values of a single group may keep one column, as they broadcast by themselves.
+        """
         if self.size == 1:
             return per_group
         if self._num_groups == 1 and not self._on_one_cpu:
-            return self._to_all_channels(per_group)
+            return self._repeated(per_group) if jnp.iscomplexobj(per_group) else per_group
         if self._multiplies:
             # Padded, as zeros to be joined would lack the shardings that `jax.vmap` adds.
             two_columns = jnp.pad(per_group[..., None], [(0, 0)] * per_group.ndim + [(0, 1)])
             grouped = _matmul(two_columns, _first_of_two(self.size, per_group.dtype).T)
         else:
-            lanes = (*per_group.shape, self._in_lanes[-1])
+            lanes = (*per_group.shape, self._lane_shape[-1])
             of_lanes = jnp.conj(jnp.broadcast_to(jnp.conj(per_group)[..., None], lanes))
-            in_lanes = (*per_group.shape, *self._in_lanes)
-            grouped = jnp.broadcast_to(of_lanes[..., None, None, :], in_lanes)
+            channels = (*per_group.shape, *self._lane_shape)
+            grouped = jnp.broadcast_to(of_lanes[..., None, None, :], channels)
         per_channel = grouped.reshape(*per_group.shape[:-1], self._num_groups * self.size)
         if self._span_devices:
             per_channel = self._reshard(per_channel, self._channel_names)
@@ -89,14 +93,12 @@ class Groups:
         XLA:CPU repeats every operation where its result is wanted, except quotients and remainders.
         So they are divided by 1: XLA does not know what lies between 1 and 1.
         """
-        if not self._broadcasts_on_a_cpu or jnp.iscomplexobj(per_group):
+        if not self._broadcasts_on_one_cpu or jnp.iscomplexobj(per_group):
             return per_group
         ones = jnp.ones_like(per_group)
         return per_group / lax.clamp(ones, lax.stop_gradient(per_group), ones)
 
-    def _to_all_channels(self, of_one_group: Array) -> Array:
-        if not jnp.iscomplexobj(of_one_group):
-            return of_one_group  # It broadcasts by itself.
+    def _repeated(self, of_one_group: Array) -> Array:
         # Conjugated, as pairs by blocks are: else XLA would make one sum, backward, of those over
         # channels and over positions.
         names = self._channel_names
@@ -115,7 +117,7 @@ class Groups:
         return NamedSharding(self._mesh, PartitionSpec(*of_others, channel_names))
 
 
-def _in_lanes(size: int) -> tuple[int, int, int]:
+def _split_into_lanes(size: int) -> tuple[int, int, int]:
     """So many channels along three axes, the last of which are the lanes."""
     lanes = math.gcd(size, LANES)
     several = math.gcd(size // lanes, MANY)

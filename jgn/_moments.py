@@ -10,13 +10,13 @@ and the mean of s out of n numbers is never further from their mean than (k − 
 (Cauchy-Schwarz). The textbook's E[x²] − E[x]² is the same with k = 0, and has no bound.
 
 A sum that is taken term by term rounds in proportion to what it has reached. That of d, around 0,
-never gets far; that of squares does, unless it has q near σ² to subtract from each of them. On a
+never gets far; that of squares does, unless it has q near σ² to subtract from each of them. On one
 CPU q is the variance of the sample, which is (n/s) · σ² at most, too; elsewhere, and under a mask,
 whose sample is all that counts, it is 0.
 
-A single element of the sample, if it is far from the rest, would take q to that bound. So on a CPU
-the sample is larger for small groups, and for others in three parts: k is the middle one of their
-means, and q the least of their variances, and what only one of the parts contains moves neither
+A single element of the sample, if it is far from the rest, would take q to that bound. So on one
+CPU the sample is larger for small groups, and for others in thirds: k is the middle one of their
+means, and q the least of their variances, and what only one of the thirds contains moves neither
 far. As one of the other means is at least as far from μ as k, on the same side, (k − μ)² is at most
 (3/2) · (n/s) · σ² then. So no input whatever makes the error of σ² larger than
 (1 + 5/2 · STRIDE) · u for each time that the sums round, unless σ is less than the last place of
@@ -33,7 +33,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jgn._devices import varying_as
 from jgn._groups import Groups
-from jgn._positions import Positions, by_parts
+from jgn._positions import Positions, by_components
 
 # One position in so many decides k and q: 2 % of a pass over x, and an error of at most 161 u.
 STRIDE = 64
@@ -95,27 +95,28 @@ class Reduction(NamedTuple):
         if isinstance(self.positions.number, int):  # Not symbolic.
             stride = min(STRIDE, max(1, self.positions.number * self.groups.size // SAMPLE))
         if self.positions.on_one_cpu:
-            return self._shifts_on_a_cpu(x, stride)
-        # A GPU's sums are trees, and have no need of q. And with a sum for the last step, nothing
-        # is left that needs rounding, nor a kernel.
+            return self._shifts_on_one_cpu(x, stride)
+        # Sums in trees, as a GPU's, have no need of q; several CPUs do without it, as its thirds
+        # would travel between them. And with a sum for the last step, nothing is left that needs
+        # rounding, nor a kernel.
         sample = self.positions.sample(x, stride)
         positions = self.positions.of(sample)
         k = self._over_groups(positions.sum(sample * self._inverse_number(positions, x)))
         return k, jnp.zeros_like(k.real)
 
-    def _shifts_on_a_cpu(self, x: Array, stride: int) -> tuple[Array, Array]:
+    def _shifts_on_one_cpu(self, x: Array, stride: int) -> tuple[Array, Array]:
         """k and q, neither of which a single element of the sample decides."""
         thirds = None
         if stride > LONG_STRIDE:
             sample = self.positions.sample(x, stride, multiple_of=3)
-            thirds = self.positions.in_parts(sample, 3)
+            thirds = self.positions.in_thirds(sample)
         else:
             sample = self.positions.sample(x, min(stride, SHORT_STRIDE))
         if thirds is None:
             return self._mean_and_variance(self.positions.of(sample), sample)
         positions, sample, axis = thirds
         means, variances = self._mean_and_variance(positions, sample)
-        k = by_parts(lambda means: _median(*_unstacked(means, axis)), means)
+        k = by_components(lambda means: _median(*_unstacked(means, axis)), means)
         q = functools.reduce(jnp.minimum, _unstacked(variances, axis))
         return self.groups.once_a_group(k), self.groups.once_a_group(q)
 
@@ -126,7 +127,7 @@ class Reduction(NamedTuple):
         largest = jnp.finfo(x.dtype).max / 2
         squares = jnp.minimum(_squared_magnitude(x), largest).astype(x.dtype)
         pair = self._over_groups(positions.sums(x * inverse, squares * inverse))
-        mean, mean_square = positions.parts(pair)
+        mean, mean_square = positions.unpair(pair)
         return mean, _significant_variance(mean, mean_square.real)
 
     def number(self, x: Array) -> Array:
@@ -142,7 +143,7 @@ class Reduction(NamedTuple):
         d = self._where_counted(x - along_k)
         shifted = self._where_counted((_squared_magnitude(d) - along_q).astype(d.dtype))
         sums = self._over_groups(self.positions.sums(d, shifted))
-        sum_d, sum_shifted = self.positions.parts(kept(sums, SUMS))
+        sum_d, sum_shifted = self.positions.unpair(kept(sums, SUMS))
         m = kept(sum_d / n.astype(d.dtype), MOMENTS)
         # One quotient, so that backward there is one, too: the gradient of Σ(|d|² − q).
         return m, kept((sum_shifted.real - n * _squared_magnitude(m)) / n + q, MOMENTS)
@@ -152,7 +153,7 @@ class Reduction(NamedTuple):
         # Before they are spread: JAX would do so where they meet x, and for their gradient sum as
         # many values as x has over the devices.
         pair = varying_as(x, self.positions.pair(u, v))
-        return self.positions.parts(self.groups.spread(pair))
+        return self.positions.unpair(self.groups.spread(pair))
 
     def _where_counted(self, values: Array) -> Array:
         return values if self.mask is None else jnp.where(self.mask, values, 0)
@@ -179,7 +180,7 @@ class Reduction(NamedTuple):
 
 def kept(per_group: Array, name: str) -> Array:
     """Names it for `jax.checkpoint`; by parts, as that fails on complex values."""
-    return by_parts(lambda part: checkpoint_name(part, name), per_group)
+    return by_components(lambda real: checkpoint_name(real, name), per_group)
 
 
 def is_constant(m: Array, variance: Array) -> Array:
@@ -226,7 +227,7 @@ def _rounded(x: Array) -> Array:
     only one of them. Then the two differ by an ulp of μ, where μ must cancel.
     """
     largest = jnp.finfo(x.dtype).max
-    return by_parts(lambda part: jnp.maximum(jnp.minimum(part, largest), -largest), x)
+    return by_components(lambda real: jnp.maximum(jnp.minimum(real, largest), -largest), x)
 
 
 def _squared_magnitude(d: Array) -> Array:

@@ -72,7 +72,8 @@ class Positions:
         self._part = _part(x, axes) if is_traced_for("gpu") else None
 
     @property
-    def number(self) -> int:
+    def number(self) -> Any:
+        """How many there are: an int, or symbolic."""
         return math.prod(self._shape[axis] for axis in self._axes.spatial)
 
     @property
@@ -89,7 +90,7 @@ class Positions:
 
     def sum(self, x: Array) -> Array:
         """Σx over all positions, (*batch, channels)."""
-        return self.parts(self.sums(x, x))[0] if self._part else self._sum_at_once(x)
+        return self.unpair(self.sums(x, x))[0] if self._part else self._sum_at_once(x)
 
     def sums(self, u: Array, v: Array) -> Array:
         """The pair of Σu and Σv over all positions, (*batch, channels)."""
@@ -101,13 +102,13 @@ class Positions:
     def spread(self, pair: Array) -> tuple[Array, Array]:
         """Gives every position the two values of its channel; the transpose of `sums`."""
         if not self._part:
-            u, v = map(self.along, self.parts(pair))
+            u, v = map(self.along, self.unpair(pair))
             return u, v  # They broadcast by themselves.
         of_parts = (2, *self._part.shape_of_sums)
         batch, last = len(self._axes.batch), len(of_parts) - 1
         pair = jnp.broadcast_to(pair, (*of_parts[: 1 + batch], of_parts[last]))
         pair = jnp.broadcast_to(jnp.expand_dims(pair, range(1 + batch, last)), of_parts)
-        u, v = (self._part.spread(x).reshape(self._shape) for x in self.parts(pair))
+        u, v = (self._part.spread(x).reshape(self._shape) for x in self.unpair(pair))
         return u, v
 
     def along(self, values: Array) -> Array:
@@ -120,7 +121,7 @@ class Positions:
         """Two values a channel or a group as `sums` gives them."""
         return _stacked(u, v)
 
-    def parts(self, pair: Array) -> tuple[Array, Array]:
+    def unpair(self, pair: Array) -> tuple[Array, Array]:
         """The two values of a pair."""
         return pair[0], pair[1]
 
@@ -145,7 +146,7 @@ class Positions:
         Along the last of several positions they are a multiple of this number, if there are enough.
         """
         # Slices of an explicitly sharded axis must divide evenly.
-        axes = [a for a in self._axes.spatial if partitions(jax.typeof(x).sharding, a) == 1]
+        axes = [a for a in self._axes.spatial if partitions(x, a) == 1]
         if not axes:
             return x
         devices = devices_of_a_sample(x, self._axes)
@@ -163,18 +164,18 @@ class Positions:
             one_in = one_in * len(range(size)[taken]) // size if known else one_in // taken.step
         return lax.slice(x, *zip(*((s.start, s.stop, s.step) for s in slices), strict=True))
 
-    def in_parts(self, sample: Array, parts: int) -> tuple["Positions", Array, int] | None:
-        """A sample whose last axis of several positions is in so many parts; None if it cannot be.
+    def in_thirds(self, sample: Array) -> tuple["Positions", Array, int] | None:
+        """A sample whose last axis of several positions is in three parts; None if it cannot be.
 
-        The parts are one more batch axis: which of these, is the last result.
+        The thirds are one more batch axis: which of these, is the last result.
         """
         if not self._axes.spatial:
             return None
         axis = _last_of_several_positions(self._axes.spatial, self._shape)
         size = sample.shape[axis]
-        if not isinstance(size, int) or size % parts:
+        if not isinstance(size, int) or size % 3:
             return None
-        shape = (*sample.shape[:axis], parts, size // parts, *sample.shape[axis + 1 :])
+        shape = (*sample.shape[:axis], 3, size // 3, *sample.shape[axis + 1 :])
         axes = self._axes.split(axis)
         sample = sample.reshape(shape)
         return type(self)(sample, axes), sample, axes.batch.index(axis)
@@ -184,7 +185,7 @@ class Positions:
         return jnp.moveaxis(x.sum(self._axes.spatial), channel, -1)
 
 
-def by_parts(function: Callable[..., Any], *arrays: Array) -> Any:
+def by_components(function: Callable[..., Any], *arrays: Array) -> Any:
     """Applies a function of real arrays to the real and to the imaginary parts."""
     if not jnp.iscomplexobj(arrays[0]):
         return function(*arrays)
@@ -226,8 +227,7 @@ def _part(x: Array, axes: Axes) -> Part | None:
         return None
     known = math.prod(size for size in x.shape[:-1] if isinstance(size, int))
     # Each device has its share of them, along whichever axis.
-    sharding = jax.typeof(x).sharding
-    sharing = automatic_devices(x) * math.prod(partitions(sharding, a) for a in range(x.ndim))
+    sharing = automatic_devices(x) * math.prod(partitions(x, axis) for axis in range(x.ndim))
     sums = known * math.ceil(x.shape[-1] / CHANNELS_OF_A_SUM) // sharing
     many_enough = [part for part in parts if sums // part.positions >= ENOUGH_SUMS]
     smallest = min(parts, key=lambda part: part.positions)
@@ -245,7 +245,7 @@ def _possible_parts(x: Array, axes: Axes) -> list[Part]:
     """
     first = len(axes.batch)
     innermost = (*axes.spatial, axes.channel) == tuple(range(first, x.ndim))
-    split = any(partitions(jax.typeof(x).sharding, axis) > 1 for axis in axes.spatial)
+    split = any(partitions(x, axis) > 1 for axis in axes.spatial)
     number = math.prod(x.shape[axis] for axis in axes.spatial)
     if not innermost or split or not isinstance(number, int):
         return []

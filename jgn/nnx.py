@@ -163,7 +163,7 @@ class GroupNorm(nnx.Module):
 def _checked_activation(activation: Any) -> Any:
     arrays, _ = split_activation(activation)
     has_arrays = any(array is not None for array in arrays)
-    # What is compiled would keep the first values of its parameters.
+    # The owner is no attribute of the layer: what is compiled would keep its first parameters.
     owner = getattr(activation, "__self__", None)
     if isinstance(activation, MethodType) and (has_arrays or isinstance(owner, nnx.Module)):
         raise TypeError(

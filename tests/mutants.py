@@ -65,8 +65,8 @@ MUTANTS = (
     Mutant(
         "interleaved groups",
         "_groups.py",
-        "per_channel.reshape(*groups, *self._in_lanes)",
-        "jnp.moveaxis(per_channel.reshape(*per_channel.shape[:-1], *self._in_lanes, "
+        "per_channel.reshape(*groups, *self._lane_shape)",
+        "jnp.moveaxis(per_channel.reshape(*per_channel.shape[:-1], *self._lane_shape, "
         "self._num_groups), -1, -4)",
         ("values", "groups"),
     ),
@@ -264,8 +264,8 @@ MUTANTS = (
     Mutant(
         "numbers near the mean rounded as each loop likes",
         "_moments.py",
-        "jnp.maximum(jnp.minimum(part, largest), -largest)",
-        "part",
+        "jnp.maximum(jnp.minimum(real, largest), -largest)",
+        "real",
         ("derivatives",),
     ),
     Mutant(
@@ -392,7 +392,7 @@ MUTANTS = (
     Mutant(
         "differences merged across the passes",
         "_group_norm.py",
-        "prevent_cse=reduction.positions.number != 1",
+        "prevent_cse=positions.number != 1",
         "prevent_cse=False",
         ("residuals",),
     ),
@@ -582,7 +582,7 @@ MUTANTS = (
     Mutant(
         "large groups summed one channel after another",
         "_groups.py",
-        "_in_lanes(self.size) if has_lanes else (self.size, 1, 1)",
+        "_split_into_lanes(self.size) if has_lanes else (self.size, 1, 1)",
         "(self.size, 1, 1)",
         ("structure",),
     ),
@@ -596,8 +596,8 @@ MUTANTS = (
     Mutant(
         "the sums over positions and over all channels as one",
         "_groups.py",
-        "per_channel.reshape(*groups, *self._in_lanes).sum((-3, -2))",
-        "per_channel.reshape(*groups, -1, self._in_lanes[-1]).sum(-2)",
+        "per_channel.reshape(*groups, *self._lane_shape).sum((-3, -2))",
+        "per_channel.reshape(*groups, -1, self._lane_shape[-1]).sum(-2)",
         ("structure",),
     ),
     Mutant(
@@ -701,7 +701,7 @@ MUTANTS = (
     Mutant(
         "complex numbers padded",
         "_blocks.py",
-        "by_parts(lambda part: lax.pad(part, jnp.zeros((), part.dtype), behind), x)",
+        "by_components(lambda real: lax.pad(real, jnp.zeros((), real.dtype), behind), x)",
         "lax.pad(x, jnp.zeros((), x.dtype), behind)",
         ("structure",),
     ),
@@ -743,7 +743,7 @@ MUTANTS = (
     Mutant(
         "blocks of an axis that is split explicitly, whole on every device",
         "_blocks.py",
-        "self._explicit_sharding = sharding if is_split else None",
+        "self._explicit_sharding = jax.typeof(x).sharding if is_split else None",
         "self._explicit_sharding = None",
         ("sharding",),
     ),
@@ -757,9 +757,23 @@ MUTANTS = (
     Mutant(
         "one sum over one group's channels and what blocks leave, backward",
         "_groups.py",
-        "if not jnp.iscomplexobj(of_one_group):",
-        "if True:",
+        "self._repeated(per_group) if jnp.iscomplexobj(per_group) else per_group",
+        "per_group",
         ("structure",),
+    ),
+    Mutant(
+        "blocks of symbolic sizes along axes of few positions, too",
+        "_blocks.py",
+        "if not isinstance(size, int) or size >= SYMBOLIC_BLOCK",
+        "if True",
+        ("groups",),
+    ),
+    Mutant(
+        "blocks of symbolic sizes along neighbours in memory, too",
+        "_blocks.py",
+        "[axis for axis in may_be_large if strides[axis] == 1] or may_be_large",
+        "may_be_large",
+        ("groups",),
     ),
     Mutant(
         "no blocks of symbolic sizes",

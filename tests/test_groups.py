@@ -7,14 +7,15 @@ import jax
 import numpy as np
 import pytest
 from cases import EVERY_CASE, members, on_a_mesh, random
+from jax import export
 from oracle import tolerance, unit_roundoff
 
 from jgn._axes import resolve_axes
-from jgn._blocks import positions_of
+from jgn._blocks import _blocks_of_symbolic_sizes, positions_of
 from jgn._groups import Groups
 from jgn._moments import Reduction, Shards, is_constant, mean
 
-# On a mesh a CPU sums as other backends do.
+# On a mesh each device has whole blocks, and the sample has no thirds.
 PLACED = pytest.mark.parametrize("placed", [np.asarray, on_a_mesh])
 
 
@@ -66,7 +67,7 @@ def test_two_sums_at_once_are_those_of_each(shape, num_groups, options, placed):
     @jax.jit
     def sums(u, v):
         positions = positions_of(u, axes, u.dtype)
-        return [positions.along(total) for total in positions.parts(positions.sums(u, v))]
+        return [positions.along(total) for total in positions.unpair(positions.sums(u, v))]
 
     actual = sums(u, v)
     for total, values in zip(actual, (u, v), strict=True):
@@ -101,6 +102,22 @@ def test_spreading_is_the_transpose_of_the_two_sums(shape, num_groups, options, 
     atol = tolerance("float32", x.size) * np.abs(wanted).max()
     for factor, total in zip((1, 2), map(positions.along, transposed), strict=True):
         np.testing.assert_allclose(total, factor * wanted, rtol=0, atol=factor * atol)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "strides", "axes"),
+    [
+        ("h, w", (1, 1), {0, 1}),
+        ("h, 64, 1", (1, 1, 1), {0, 1}),
+        ("h, w", (1, 16), {0}),  # Neighbours in memory are the width.
+        ("3, w", (1, 16), {1}),
+    ],
+)
+def test_blocks_of_symbolic_sizes_lie_where_there_may_be_many_positions(sizes, strides, axes):
+    sizes = export.symbolic_shape(sizes)
+    blocks = _blocks_of_symbolic_sizes(dict(enumerate(sizes)), dict(enumerate(strides)))
+    assert {block.axis for block in blocks} == axes
+    assert math.prod(block.size for block in blocks) >= 4096
 
 
 @pytest.mark.parametrize("channels", [32, 33, 37, 40, 64, 74, 512, 1200])
@@ -223,7 +240,7 @@ def test_k_is_no_further_from_the_mean_than_two_thirds_of_a_sample_of_one_in_64_
     positions, groups = parts_of(x, 1)
     numbers = jax.numpy.arange(x.size).reshape(shape)
     sample = positions.sample(numbers, one_in, multiple_of=3)
-    parts = positions.in_parts(sample, 3)[1]
+    parts = positions.in_thirds(sample)[1]
     x.flat[np.moveaxis(parts, -3, 0)[:thirds]] = 1e5
     k, q = Reduction(positions, groups, None, Shards(None, None)).shifts(jax.numpy.asarray(x))
     wide = x.astype(np.float64)

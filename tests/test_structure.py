@@ -145,7 +145,7 @@ def assert_one_short_sum_a_pass(x, num_groups, layout):
 
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices; a CPU simulates them")
-def test_on_cpus_of_which_each_would_have_parts_of_blocks_two_sums_are_plain(traced_for):
+def test_on_two_cpus_without_whole_blocks_both_sums_are_plain(traced_for):
     """Of 46 positions, 23 to a device, there are no whole blocks."""
     traced_for("cpu")
     x = on_a_mesh(random((4, 46, 24)))
@@ -354,8 +354,8 @@ def test_compiled_on_a_mesh_every_sum_of_a_block_stays_one_too():
 
 @NEEDS_A_CPU
 def test_compiled_the_mean_of_what_a_mask_counts_is_summed_by_blocks():
-    """For the count, for k and for the moments over 16 columns and 16 rows, and over what is left:
-    of that for the count and for k no more than the real parts."""
+    """Over 16 columns and 16 rows for the count, for k and for the moments; of what is left, only
+    the moments' sum is complex: of the others real parts are enough."""
     x = random((1, 128, 128, 24))
     mask = random((1, 128, 128, 1)) > 0
     normalized = jax.jit(lambda x, mask: jgn.group_norm(x, 6, mask=mask))
