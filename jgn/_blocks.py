@@ -201,18 +201,16 @@ class ComplexPositions(Positions):
 def _blocks(x: Array, axes: Axes, largest: int) -> list[Block]:
     """The blocks of at most so many positions to sum, in this order.
 
-    There are none for a single position, for too few neighbours in memory, nor for symbolic sizes
-    that several devices may share. Of an axis that s devices may share there are a multiple of s,
-    none of them padded, so that no device has part of one.
+    There are none for a single position, nor for too few neighbours in memory. Of an axis that s
+    devices may share there are a multiple of s, none of them padded, so that no device has part of
+    one.
     """
+    strides = {axis: NEIGHBOURS if axis == x.ndim - 1 else 1 for axis in axes.spatial}
     sizes = {axis: x.shape[axis] for axis in axes.spatial}
-    strides = {axis: NEIGHBOURS if axis == x.ndim - 1 else 1 for axis in sizes}
-    if not all(isinstance(size, int) for size in sizes.values()):
-        alone = devices_of_a_sample(x, axes) == 1
-        return _blocks_of_symbolic_sizes(sizes, strides) if alone else []
+    symbolic = {axis: sizes.pop(axis) for axis in axes.spatial if not isinstance(sizes[axis], int)}
     shares = {axis: math.gcd(size, devices_of_an_axis(x, axis)) for axis, size in sizes.items()}
     blocks: list[Block] = []
-    while math.prod(block.size for block in blocks) < ENOUGH or _is_long(sizes.values()):
+    while _positions_in(blocks) < ENOUGH or _is_long(sizes.values()):
         possible = [
             block
             for axis, positions in sizes.items()
@@ -228,26 +226,18 @@ def _blocks(x: Array, axes: Axes, largest: int) -> list[Block]:
             break
         blocks.append(block)
         sizes[block.axis] = block.left
+    # Along neighbours in memory, of which few would mostly be padding, if there is no other axis.
+    unknown = [axis for axis in symbolic if strides[axis] == 1] or list(symbolic)
+    while unknown and devices_of_a_sample(x, axes) == 1 and _positions_in(blocks) < ENOUGH_SYMBOLIC:
+        for axis in unknown:
+            blocks.append(Block(axis, symbolic[axis], SYMBOLIC_BLOCK, strides[axis]))
+            symbolic[axis] = blocks[-1].left
     return blocks
 
 
-def _blocks_of_symbolic_sizes(sizes: dict[int, Any], strides: dict[int, int]) -> list[Block]:
-    """Those that do for sizes of any kind, along one axis after the other.
-
-    Along neighbours in memory, of which there may be few, only if there is no other large axis: of
-    few, most would be padding.
-    """
-    sizes, blocks = dict(sizes), []
-    while SYMBOLIC_BLOCK ** len(blocks) < ENOUGH_SYMBOLIC:
-        may_be_large = [
-            axis
-            for axis, size in sizes.items()
-            if not isinstance(size, int) or size >= SYMBOLIC_BLOCK
-        ]
-        for axis in [axis for axis in may_be_large if strides[axis] == 1] or may_be_large:
-            blocks.append(Block(axis, sizes[axis], SYMBOLIC_BLOCK, strides[axis]))
-            sizes[axis] = blocks[-1].left
-    return blocks
+def _positions_in(blocks: Iterable[Block]) -> int:
+    """Over how many positions they sum in all."""
+    return math.prod(block.size for block in blocks)
 
 
 def _is_long(sizes: Collection[int]) -> bool:

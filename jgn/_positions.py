@@ -68,7 +68,8 @@ class Positions:
     def __init__(self, x: Array, axes: Axes):
         self._shape = x.shape
         self._axes = axes
-        self.on_one_cpu = is_traced_for("cpu") and devices_of_a_sample(x, axes) == 1
+        self._may_be_shared = devices_of_a_sample(x, axes) > 1
+        self.on_one_cpu = is_traced_for("cpu") and not self._may_be_shared
         self._part = _part(x, axes) if is_traced_for("gpu") else None
 
     @property
@@ -86,7 +87,9 @@ class Positions:
         repeated = (axis for axis in self._axes.spatial if mask.shape[axis] == 1)
         repeats = math.prod(self._shape[axis] for axis in repeated)
         shape = [self._shape[axis] for axis in (*self._axes.batch, self._axes.channel)]
-        return jnp.broadcast_to(self.of(mask).sum(mask.astype(dtype)) * repeats, shape)
+        # Where a mask lies does not tell how x is split, which no block or part of it may cut.
+        sums = self._sum_at_once if self._may_be_shared else self.of(mask).sum
+        return jnp.broadcast_to(sums(mask.astype(dtype)) * repeats, shape)
 
     def sum(self, x: Array) -> Array:
         """Σx over all positions, (*batch, channels)."""

@@ -562,7 +562,7 @@ MUTANTS = (
         "blocks of samples, too",
         "_blocks.py",
         "sizes = {axis: x.shape[axis] for axis in axes.spatial}",
-        "sizes = dict(enumerate(x.shape))",
+        "strides = dict.fromkeys(range(x.ndim), 1); sizes = dict(enumerate(x.shape))",
         ("groups", "values"),
     ),
     Mutant(
@@ -762,24 +762,17 @@ MUTANTS = (
         ("structure",),
     ),
     Mutant(
-        "blocks of symbolic sizes along axes of few positions, too",
-        "_blocks.py",
-        "if not isinstance(size, int) or size >= SYMBOLIC_BLOCK",
-        "if True",
-        ("groups",),
-    ),
-    Mutant(
         "blocks of symbolic sizes along neighbours in memory, too",
         "_blocks.py",
-        "[axis for axis in may_be_large if strides[axis] == 1] or may_be_large",
-        "may_be_large",
+        "[axis for axis in symbolic if strides[axis] == 1] or list(symbolic)",
+        "list(symbolic)",
         ("groups",),
     ),
     Mutant(
         "no blocks of symbolic sizes",
         "_blocks.py",
-        "return _blocks_of_symbolic_sizes(sizes, strides) if alone else []",
-        "return []",
+        "while unknown and",
+        "while False and",
         ("values",),
     ),
     Mutant(
@@ -822,6 +815,13 @@ MUTANTS = (
         "_group_norm.py",
         "mask = varying_as(x, mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape))",
         "mask = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)",
+        ("sharding",),
+    ),
+    Mutant(
+        "blocks of a mask that cut what devices have of x",
+        "_positions.py",
+        "sums = self._sum_at_once if self._may_be_shared else self.of(mask).sum",
+        "sums = self.of(mask).sum",
         ("sharding",),
     ),
     Mutant(

@@ -11,7 +11,7 @@ from jax import export
 from oracle import tolerance, unit_roundoff
 
 from jgn._axes import resolve_axes
-from jgn._blocks import _blocks_of_symbolic_sizes, positions_of
+from jgn._blocks import positions_of
 from jgn._groups import Groups
 from jgn._moments import Reduction, Shards, is_constant, mean
 
@@ -104,20 +104,25 @@ def test_spreading_is_the_transpose_of_the_two_sums(shape, num_groups, options, 
         np.testing.assert_allclose(total, factor * wanted, rtol=0, atol=factor * atol)
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere there are no blocks")
 @pytest.mark.parametrize(
-    ("sizes", "strides", "axes"),
+    ("sizes", "channel_axis", "wanted"),
     [
-        ("h, w", (1, 1), {0, 1}),
-        ("h, 64, 1", (1, 1, 1), {0, 1}),
-        ("h, w", (1, 16), {0}),  # Neighbours in memory are the width.
-        ("3, w", (1, 16), {1}),
+        ("n, h, w, 8", -1, {1: {8}, 2: {8}}),
+        ("n, h, 48, 8", -1, {1: {8}, 2: {16, 3}}),  # First those that need no padding.
+        ("n, t, 1, 8", -1, {1: {8}}),
+        ("n, 8, h, w", 1, {2: {8}}),  # Of the width, neighbours in memory, there may be few.
+        ("n, 8, 1, t", 1, {3: {8}}),
     ],
 )
-def test_blocks_of_symbolic_sizes_lie_where_there_may_be_many_positions(sizes, strides, axes):
-    sizes = export.symbolic_shape(sizes)
-    blocks = _blocks_of_symbolic_sizes(dict(enumerate(sizes)), dict(enumerate(strides)))
-    assert {block.axis for block in blocks} == axes
-    assert math.prod(block.size for block in blocks) >= 4096
+def test_blocks_of_symbolic_sizes(sizes, channel_axis, wanted):
+    x = jax.ShapeDtypeStruct(export.symbolic_shape(sizes), "float32")
+    found = []
+    jax.eval_shape(lambda x: found.extend(parts_of(x, 4, channel_axis)[0]._blocks), x)
+    of_axes = {axis: {block.size for block in found if block.axis == axis} for axis in wanted}
+    assert of_axes == wanted
+    assert {block.axis for block in found} == set(wanted)
+    assert math.prod(block.size for block in found) >= 4096
 
 
 @pytest.mark.parametrize("channels", [32, 33, 37, 40, 64, 74, 512, 1200])

@@ -231,6 +231,24 @@ def test_the_layer_works_on_explicit_meshes(layout, num_groups):
         np.testing.assert_allclose(found, wanted, rtol=0, atol=atol)
 
 
+@AXIS_TYPES
+@pytest.mark.parametrize("in_context", [True, False])
+@pytest.mark.parametrize("split", [P(None, "a"), P(None, None, "a"), P(None, None, None, "a")])
+def test_a_mask_from_elsewhere_does_not_travel(split, in_context, axis_type, backend):
+    """But of each sample's channel counts and sums; on GPUs those of the rows."""
+    mesh = mesh_of(axis_type, a=8)
+    x = jax.device_put(X, NamedSharding(mesh, split))
+    mask = np.random.default_rng(3).random(SHAPE) < 0.7
+    masked = jax.jit(lambda x, mask: jgn.group_norm(x, ALIGNED, mask=mask))
+    with jax.set_mesh(mesh) if in_context else contextlib.nullcontext():
+        compiled = masked.lower(x, mask).compile()
+        y = masked(x, mask)
+    rows = SHAPE[1] if jax.default_backend() == "gpu" and split == P(None, None, "a") else 1
+    assert traffic(compiled) <= (2 + 4 * rows) * SHAPE[0] * SHAPE[-1] * X.itemsize
+    wanted = jgn.group_norm(X, ALIGNED, mask=mask)
+    np.testing.assert_allclose(y, wanted, rtol=0, atol=5e-6)
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("masked", [False, True])
 def test_shared_statistics_equal_the_unsharded_ones(masked, check_vma, backend):
