@@ -203,19 +203,27 @@ def _blocks(x: Array, axes: Axes, largest: int) -> list[Block]:
 
     There are none for a single position, nor for too few neighbours in memory. Of an axis that s
     devices may share there are a multiple of s, none of them padded, so that no device has part of
-    one.
+    one; so there are none of symbolic sizes then.
     """
-    strides = {axis: NEIGHBOURS if axis == x.ndim - 1 else 1 for axis in axes.spatial}
     sizes = {axis: x.shape[axis] for axis in axes.spatial}
-    symbolic = {axis: sizes.pop(axis) for axis in axes.spatial if not isinstance(sizes[axis], int)}
+    known = {axis: size for axis, size in sizes.items() if isinstance(size, int)}
+    symbolic = {axis: size for axis, size in sizes.items() if axis not in known}
+    blocks = _blocks_of_known_sizes(x, known, largest)
+    if symbolic and devices_of_a_sample(x, axes) == 1:
+        blocks += _blocks_of_symbolic_sizes(x, symbolic, _positions_in(blocks))
+    return blocks
+
+
+def _blocks_of_known_sizes(x: Array, sizes: dict[int, int], largest: int) -> list[Block]:
+    """Those of whole blocks, if there are large ones, else those that cost least with padding."""
+    sizes, blocks = dict(sizes), []
     shares = {axis: math.gcd(size, devices_of_an_axis(x, axis)) for axis, size in sizes.items()}
-    blocks: list[Block] = []
     while _positions_in(blocks) < ENOUGH or _is_long(sizes.values()):
         possible = [
             block
             for axis, positions in sizes.items()
             for size in range(2, largest + 1)
-            if not (block := Block(axis, positions, size, strides[axis])).segments % shares[axis]
+            if not (block := Block(axis, positions, size, _stride(x, axis))).segments % shares[axis]
         ]
         whole = [block for block in possible if not block.may_be_padded]
         large = [block for block in whole if blocks or block.size >= SMALLEST_BLOCK]
@@ -226,13 +234,25 @@ def _blocks(x: Array, axes: Axes, largest: int) -> list[Block]:
             break
         blocks.append(block)
         sizes[block.axis] = block.left
-    # Along neighbours in memory, of which few would mostly be padding, if there is no other axis.
-    unknown = [axis for axis in symbolic if strides[axis] == 1] or list(symbolic)
-    while unknown and devices_of_a_sample(x, axes) == 1 and _positions_in(blocks) < ENOUGH_SYMBOLIC:
-        for axis in unknown:
-            blocks.append(Block(axis, symbolic[axis], SYMBOLIC_BLOCK, strides[axis]))
-            symbolic[axis] = blocks[-1].left
     return blocks
+
+
+def _blocks_of_symbolic_sizes(x: Array, sizes: dict[int, Any], positions: int) -> list[Block]:
+    """Those that do for sizes of any kind, after blocks of so many positions.
+
+    Along neighbours in memory, of which few would mostly be padding, if there is no other axis.
+    """
+    sizes, blocks = dict(sizes), []
+    axes = [axis for axis in sizes if _stride(x, axis) == 1] or list(sizes)
+    while positions * _positions_in(blocks) < ENOUGH_SYMBOLIC:
+        for axis in axes:
+            blocks.append(Block(axis, sizes[axis], SYMBOLIC_BLOCK, _stride(x, axis)))
+            sizes[axis] = blocks[-1].left
+    return blocks
+
+
+def _stride(x: Array, axis: int) -> int:
+    return NEIGHBOURS if axis == x.ndim - 1 else 1
 
 
 def _positions_in(blocks: Iterable[Block]) -> int:

@@ -562,7 +562,7 @@ MUTANTS = (
         "blocks of samples, too",
         "_blocks.py",
         "sizes = {axis: x.shape[axis] for axis in axes.spatial}",
-        "strides = dict.fromkeys(range(x.ndim), 1); sizes = dict(enumerate(x.shape))",
+        "sizes = dict(enumerate(x.shape))",
         ("groups", "values"),
     ),
     Mutant(
@@ -764,15 +764,15 @@ MUTANTS = (
     Mutant(
         "blocks of symbolic sizes along neighbours in memory, too",
         "_blocks.py",
-        "[axis for axis in symbolic if strides[axis] == 1] or list(symbolic)",
-        "list(symbolic)",
+        "[axis for axis in sizes if _stride(x, axis) == 1] or list(sizes)",
+        "list(sizes)",
         ("groups",),
     ),
     Mutant(
         "no blocks of symbolic sizes",
         "_blocks.py",
-        "while unknown and",
-        "while False and",
+        "if symbolic and devices_of_a_sample(x, axes) == 1:",
+        "if False:",
         ("values",),
     ),
     Mutant(
