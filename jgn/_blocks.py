@@ -98,7 +98,7 @@ class Block(NamedTuple):
         padded = in_strides.reshape(*before, self.left * self.size, *after)
         return self._cut(padded) if self.may_be_padded else padded
 
-    # By parts, as XLA:CPU does not vectorize a loop that pads complex numbers.
+    # By components, as XLA:CPU does not vectorize a loop that pads complex numbers.
     def _padded(self, x: Array) -> Array:
         behind = [(0, self.padding if axis == self.axis else 0, 0) for axis in range(x.ndim)]
         return by_components(lambda real: lax.pad(real, jnp.zeros((), real.dtype), behind), x)
@@ -112,10 +112,10 @@ class Block(NamedTuple):
 class PositionsInBlocks(Positions):
     """The spatial axes of x, and the blocks, if any are possible, by which they are summed.
 
-    A pair is one complex array, of whose two parts one loop makes both sums. It is conjugated after
-    each block, as XLA would make one long sum of two short ones that follow each other. Without
-    blocks sums are plain where several devices may share the positions: there may be too many for
-    such a loop.
+    A pair is one complex array, of whose two components one loop makes both sums. It is conjugated
+    after each block, as XLA would make one long sum of two short ones that follow each other.
+    Without blocks sums are plain where several devices may share the positions: there may be too
+    many for such a loop.
     """
 
     def __init__(self, x: Array, axes: Axes):

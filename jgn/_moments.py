@@ -96,9 +96,9 @@ class Reduction(NamedTuple):
             stride = min(STRIDE, max(1, self.positions.number * self.groups.size // SAMPLE))
         if self.positions.on_one_cpu:
             return self._shifts_on_one_cpu(x, stride)
-        # Sums in trees, as a GPU's, have no need of q; several CPUs do without it, as its thirds
-        # would travel between them. And with a sum for the last step, nothing is left that needs
-        # rounding, nor a kernel.
+        # Sums in trees, as a GPU's, have no need of q; several CPUs do without it, as thirds of a
+        # sample would travel between them. And with a sum for the last step, nothing is left that
+        # needs rounding, nor a kernel.
         sample = self.positions.sample(x, stride)
         positions = self.positions.of(sample)
         k = self._over_groups(positions.sum(sample * self._inverse_number(positions, x)))
@@ -179,7 +179,7 @@ class Reduction(NamedTuple):
 
 
 def kept(per_group: Array, name: str) -> Array:
-    """Names it for `jax.checkpoint`; by parts, as that fails on complex values."""
+    """Names it for `jax.checkpoint`; by components, as that fails on complex values."""
     return by_components(lambda real: checkpoint_name(real, name), per_group)
 
 

@@ -235,7 +235,7 @@ def test_the_layer_works_on_explicit_meshes(layout, num_groups):
 @pytest.mark.parametrize("in_context", [True, False])
 @pytest.mark.parametrize("split", [P(None, "a"), P(None, None, "a"), P(None, None, None, "a")])
 def test_a_mask_from_elsewhere_does_not_travel(split, in_context, axis_type, backend):
-    """But of each sample's channel counts and sums; on GPUs those of the rows."""
+    """Only counts and sums of every sample's channel do; on GPUs those of its rows."""
     mesh = mesh_of(axis_type, a=8)
     x = jax.device_put(X, NamedSharding(mesh, split))
     mask = np.random.default_rng(3).random(SHAPE) < 0.7

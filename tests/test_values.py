@@ -443,6 +443,35 @@ def test_elements_that_round_alike_cost_no_digits(
 
 
 @pytest.mark.parametrize(
+    ("shape", "num_groups", "channel_axis", "dtype"),
+    [
+        ((1, 64, 64, 64, 8), 1, -1, "float32"),
+        ((1, 128, 128, 32), 1, -1, "float32"),
+        ((1, 8, 10007), 8, 1, "float32"),
+        ((2, 32, 32, 32, 4), 4, -1, "complex64"),
+    ],
+)
+def test_nor_do_they_under_a_mask_on_a_mesh(shape, num_groups, channel_axis, dtype):
+    test_elements_that_round_alike_cost_no_digits(
+        shape, num_groups, channel_axis, dtype, True, on_a_mesh
+    )
+
+
+@pytest.mark.parametrize("placed", [np.asarray, on_a_mesh])
+@pytest.mark.parametrize(
+    ("shape", "num_groups", "channel_axis"),
+    [((1, 64, 64, 64, 8), 1, -1), ((1, 8, 10007), 8, 1), ((1, 2, 208, 208), 2, 1)],
+)
+def test_the_mean_of_what_a_mask_counts_costs_no_digits(shape, num_groups, channel_axis, placed):
+    """A pivot from it is near μ: else x a million deviations from 0 would show."""
+    x = random(shape, mean=1e6, deviation=1)
+    options = {"channel_axis": channel_axis, "epsilon": 0}
+    y = jgn.group_norm(placed(x), num_groups, mask=True, **options)
+    wanted = Oracle(x, num_groups, **options).y
+    assert np.abs(y - wanted).max() <= 1e-6 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize(
     ("sizes", "shape", "num_groups", "channel_axis"),
     [
         ("1, h, w, 32", (1, 128, 128, 32), 1, -1),
