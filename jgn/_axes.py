@@ -52,25 +52,36 @@ def resolve_axes(rank: int, channel_axis: int, reduction_axes: int | Sequence[in
     )
 
 
-def check_num_groups(num_groups: Any, channels: int) -> int:
-    """Returns num_groups if it divides the channels."""
-    return _checked_divisor(num_groups, "num_groups", channels)
+def check_num_groups(num_groups: Any, channels: int, hint: str = "") -> int:
+    """Returns num_groups if it divides the channels; a hint ends the message if not."""
+    return _checked_divisor(num_groups, "num_groups", channels, hint)
 
 
-def num_groups_from(num_groups: Any, group_size: Any, channels: int) -> int:
+def num_groups_from(num_groups: Any, group_size: Any, channels: int, hint: str = "") -> int:
     """Returns the number of groups, given by count or by size, if it divides the channels."""
     if (num_groups is None) == (group_size is None):
         raise ValueError(
             "exactly one of num_groups and group_size must be given: "
-            f"got num_groups={num_groups} and group_size={group_size}; "
-            "to give the size, write num_groups=None, group_size=..."
+            f"got num_groups={shown(num_groups)} and group_size={shown(group_size)}; "
+            f"to give the size, write num_groups=None, group_size=... instead{hint}."
         )
     if group_size is None:
-        return check_num_groups(num_groups, channels)
-    return channels // _checked_divisor(group_size, "group_size", channels)
+        return check_num_groups(num_groups, channels, hint)
+    return channels // _checked_divisor(group_size, "group_size", channels, hint)
 
 
-def _checked_divisor(value: Any, name: str, channels: Any) -> int:
+def channels_of_x(shape: Sequence[int], axes: Axes) -> str:
+    """A hint at where the number of channels comes from."""
+    return f"; the channels are axis {axes.channel} of x, shape {shape}: see channel_axis"
+
+
+def shown(value: Any) -> str:
+    """What represents the value in a message: one line of 60 characters at most."""
+    line = " ".join(repr(value).split())
+    return line if len(line) <= 60 else line[:59] + "…"
+
+
+def _checked_divisor(value: Any, name: str, channels: Any, hint: str) -> int:
     divisor = positive_integer(value, name)
     if not isinstance(channels, int):
         raise ValueError(
@@ -81,7 +92,7 @@ def _checked_divisor(value: Any, name: str, channels: Any) -> int:
         raise ValueError(
             f"{name} must divide the channels: got {name}={divisor} for {channels} channels; "
             f"the nearest that do are {_nearest_divisors(channels, divisor)} "
-            f"(num_groups × group_size: {_factorizations(channels)})."
+            f"(num_groups × group_size: {_factorizations(channels)}){hint}."
         )
     return divisor
 
@@ -90,7 +101,7 @@ def _resolve_axis(rank: int, axis: Any, name: str, wanted: str = "an integer") -
     try:
         index = _as_integer(axis)
     except TypeError:
-        raise TypeError(f"{name} must be {wanted}: got {axis!r}.") from None
+        raise TypeError(f"{name} must be {wanted}: got {shown(axis)}.") from None
     if not -rank <= index < rank:
         raise ValueError(
             f"{name} must lie in [{-rank}, {rank}) for an x of rank {rank}: got {index}."
@@ -114,7 +125,7 @@ def positive_integer(value: Any, name: str) -> int:
         number = _as_integer(value)
     except TypeError:
         raise TypeError(
-            f"{name} must be an integer known when the call is traced: got {value!r}."
+            f"{name} must be an integer known when the call is traced: got {shown(value)}."
         ) from None
     if number < 1:
         raise ValueError(f"{name} must be 1 or more: got {number}.")

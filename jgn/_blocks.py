@@ -26,13 +26,12 @@ SMALLEST_BLOCK = 5
 LARGEST_NARROW_BLOCK = 16
 # The loop over padded blocks has a branch for each of their positions: vectorized up to so many.
 LARGEST_PADDED_BLOCK = 13
-# After blocks of so many positions in all, what is left is summed as it is,
-ENOUGH = 64
-# if it is not more than so many positions along one axis, or along several: a longer sum would
-# round too much. XLA:CPU sums 32 after 32 along one axis, but term by term along several.
-LONGEST, LONGEST_OF_SEVERAL = 256, 64
-# Where sizes are symbolic, blocks have so many positions, until there are so many in all: a padding
-# is cheap then, if the size that is found in the end needs one, and the rest mostly short.
+# Once blocks cover so many positions, what is left is summed at once, unless it is long: more than
+# so many positions along one axis, or along several, would round too much. (XLA:CPU sums 32 after
+# 32 along one axis, but term by term along several.)
+ENOUGH, LONGEST, LONGEST_OF_SEVERAL = 64, 256, 64
+# Symbolic axes have blocks of so many positions, until these cover so many in all: to pad at most 7
+# is cheap, and what is left is mostly short.
 SYMBOLIC_BLOCK, ENOUGH_SYMBOLIC = 8, 4096
 # Of so few equal elements one sum is near enough to their multiple.
 FEW = 128

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Num
 
 from jgn._activation import ActivationWithoutArrays, split_activation
-from jgn._axes import Axes, check_num_groups, resolve_axes
+from jgn._axes import Axes, channels_of_x, check_num_groups, resolve_axes, shown
 from jgn._blocks import positions_of
 from jgn._devices import varying_as
 from jgn._groups import Groups
@@ -58,8 +58,8 @@ def group_norm(
     positions, and `num_groups` equal to the channels is instance
     normalization. The statistics come from x in training and evaluation
     alike. Derivatives of every order, forward and reverse, come from JAX;
-    for the backward pass only x, a mask if there is one, and a few numbers a
-    group are kept, with an activation too.
+    for the backward pass only x, scale and bias, a mask if there is one, and
+    a few numbers a group are kept, with an activation too.
 
     Args:
         x: Any shape of rank 1 or more, by default (batch, *spatial,
@@ -126,7 +126,9 @@ def group_norm(
     """
     x = as_numbers(x, "x")
     axes = resolve_axes(x.ndim, channel_axis, reduction_axes)
-    num_groups = check_num_groups(num_groups, x.shape[axes.channel])
+    num_groups = check_num_groups(
+        num_groups, x.shape[axes.channel], hint=channels_of_x(x.shape, axes)
+    )
     input_dtype = jax.eval_shape(jnp.mean, x).dtype if _is_integral(x.dtype) else x.dtype
     output_dtype = input_dtype if dtype is None else _checked_output_dtype(dtype, input_dtype)
     arrays, activation_without = split_activation(activation)
@@ -174,7 +176,7 @@ def _group_norm(
     output_dtype: Any,
 ) -> Array:
     if math.prod(x.shape) == 0:
-        return jnp.zeros(x.shape, output_dtype)
+        return x.astype(output_dtype)
     if mask is not None:
         mask = varying_as(x, mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape))
 
@@ -209,7 +211,7 @@ def _group_norm(
         y = _normalize(widened(x), k, q, n, scale, bias, reduction, epsilon)
         y = y if activation is None else activation(y)
         if getattr(y, "shape", None) != x.shape:
-            got = f"shape {y.shape}" if hasattr(y, "shape") else f"{y!r:.60}"
+            got = f"shape {y.shape}" if hasattr(y, "shape") else shown(y)
             raise ValueError(
                 f"activation must be elementwise: got {got} for an x of shape {x.shape}."
             )
@@ -284,10 +286,12 @@ def as_numbers(value: Any, name: str) -> Array:
 
 
 def _as_array(value: Any, rule: str) -> Array:
+    if isinstance(value, Array):  # Not converted, as that would not pass `jax.debug_nans`.
+        return value
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError, OverflowError):
-        raise TypeError(f"{rule}: got {value!r:.60}.") from None
+        raise TypeError(f"{rule}: got {shown(value)}.") from None
 
 
 _FLOATING = (
@@ -315,7 +319,7 @@ def _checked_output_dtype(dtype: DTypeLike, input_dtype: Any) -> Any:
     try:
         output_dtype = jax.dtypes.canonicalize_dtype(dtype)
     except TypeError:
-        raise TypeError(f"dtype must be floating or complex: got {dtype!r}.") from None
+        raise TypeError(f"dtype must be floating or complex: got {shown(dtype)}.") from None
     if output_dtype not in _FLOATING:
         raise TypeError(f"dtype must be floating or complex: got {output_dtype}.")
     if jnp.issubdtype(input_dtype, jnp.complexfloating) and not jnp.issubdtype(
@@ -365,7 +369,7 @@ def checked_epsilon(epsilon: Any) -> float:
         value = math.inf
     except (TypeError, ValueError):
         raise TypeError(
-            f"epsilon must be a number known when the call is traced: got {epsilon!r}."
+            f"epsilon must be a number known when the call is traced: got {shown(epsilon)}."
         ) from None
     if not 0 <= value < math.inf:
         raise ValueError(f"epsilon must be finite and not negative: got {value}.")
@@ -381,13 +385,14 @@ def _shards(axis_name: Any, axis_index_groups: Any) -> Shards:
         names = axis_name if axis_name is None or isinstance(axis_name, str) else tuple(axis_name)
         hash(names)
     except TypeError:
-        raise TypeError(f"axis_name must be one or more names: got {axis_name!r}.") from None
+        raise TypeError(f"axis_name must be one or more names: got {shown(axis_name)}.") from None
     if axis_index_groups is None:
         return Shards(names, None)
     try:
         groups = tuple(tuple(map(operator.index, indices)) for indices in axis_index_groups)
     except TypeError:
         raise TypeError(
-            f"axis_index_groups must be a sequence of groups of indices: got {axis_index_groups!r}."
+            "axis_index_groups must be a sequence of groups of indices: "
+            f"got {shown(axis_index_groups)}."
         ) from None
     return Shards(names, groups)

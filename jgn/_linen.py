@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Num
 
-from jgn._axes import num_groups_from, resolve_axes
+from jgn._axes import channels_of_x, num_groups_from, resolve_axes
 from jgn._group_norm import as_numbers, group_norm
 
 
@@ -36,7 +36,7 @@ class GroupNorm(nn.Module):
         axis_index_groups: Which indices along `axis_name` share moments.
         channel_axis: The axis of the channels.
         activation: An elementwise function applied to the result, such as `nn.silu`. A module of
-            flax.linen has no place here; call it on the result.
+            flax.linen has no place here; call it on the result. Arrays of one are constants.
 
     Example:
         >>> import flax.linen as nn, jax, jgn
@@ -89,8 +89,11 @@ class GroupNorm(nn.Module):
             TypeError, NameError, NotImplementedError: as in `jgn.group_norm`.
         """
         x = as_numbers(x, "x")
-        channels = x.shape[resolve_axes(x.ndim, self.channel_axis, self.reduction_axes).channel]
-        num_groups = num_groups_from(self.num_groups, self.group_size, channels)
+        axes = resolve_axes(x.ndim, self.channel_axis, self.reduction_axes)
+        channels = x.shape[axes.channel]
+        num_groups = num_groups_from(
+            self.num_groups, self.group_size, channels, hint=channels_of_x(x.shape, axes)
+        )
 
         # Not a method, which flax would list among the calls of the layer.
         def learned_or_given(

@@ -7,7 +7,8 @@ With d = x − k, every k and every q give the same moments,
 and decide only how they are rounded: the relative error of σ² is about u · (1 + (k − μ)²/σ²),
 u being the unit roundoff. Here k is the mean of at least one in `STRIDE` of the group's elements,
 and the mean of s out of n numbers is never further from their mean than (k − μ)² ≤ (n/s) · σ²
-(Cauchy-Schwarz). The textbook's E[x²] − E[x]² is the same with k = 0, and has no bound.
+(Cauchy-Schwarz). The textbook's E[x²] − E[x]² is the same with k = 0, and has no bound. (Chan,
+Golub and LeVeque, Algorithms for Computing the Sample Variance, 1983: "shifted data".)
 
 A sum that is taken term by term rounds in proportion to what it has reached. That of d, around 0,
 never gets far; that of squares does, unless it has q near σ² to subtract from each of them. On one
@@ -70,7 +71,7 @@ class Shards(NamedTuple):
 
     def count(self, on_each: int) -> Any:
         """How many elements there are on all of them: a number, unless that differs."""
-        # Of a number lax.psum makes as many as the first group has indices, for every group.
+        # lax.psum multiplies a number by the size of the first group, for others as well.
         differs = len({len(group) for group in self.axis_index_groups or ()}) > 1
         (count,) = self.sum(jnp.asarray(on_each) if differs else on_each)
         return count
@@ -96,9 +97,9 @@ class Reduction(NamedTuple):
             stride = min(STRIDE, max(1, self.positions.number * self.groups.size // SAMPLE))
         if self.positions.on_one_cpu:
             return self._shifts_on_one_cpu(x, stride)
-        # Sums in trees, as a GPU's, have no need of q; several CPUs do without it, as thirds of a
-        # sample would travel between them. And with a sum for the last step, nothing is left that
-        # needs rounding, nor a kernel.
+        # A GPU sums in trees, which have no need of q; several CPUs do without it, as thirds of a
+        # sample would travel between them. The last step is a sum, not a product, so that k needs
+        # neither `_rounded` nor a kernel for it.
         sample = self.positions.sample(x, stride)
         positions = self.positions.of(sample)
         k = self._over_groups(positions.sum(sample * self._inverse_number(positions, x)))

@@ -87,7 +87,7 @@ class Positions:
         repeated = (axis for axis in self._axes.spatial if mask.shape[axis] == 1)
         repeats = math.prod(self._shape[axis] for axis in repeated)
         shape = [self._shape[axis] for axis in (*self._axes.batch, self._axes.channel)]
-        # Where a mask lies does not tell how x is split, which no block or part of it may cut.
+        # A mask may be split otherwise than x, and what is blocked for x could cut it.
         sums = self._sum_at_once if self._may_be_shared else self.of(mask).sum
         return jnp.broadcast_to(sums(mask.astype(dtype)) * repeats, shape)
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from jgn._axes import num_groups_from, positive_integer
+from jgn._axes import check_num_groups, num_groups_from, positive_integer, shown
 from jgn._linen import GroupNorm
 
 Framework = Literal["jgn", "flax", "torch", "lucid", "equinox", "haiku", "keras"]
@@ -79,7 +79,7 @@ def from_torch(module: Any) -> tuple[GroupNorm, dict[str, dict[str, np.ndarray]]
                 f"got {values.shape}."
             )
     layer = GroupNorm(
-        num_groups=num_groups_from(module.num_groups, None, num_channels),
+        num_groups=check_num_groups(module.num_groups, num_channels),
         epsilon=float(module.eps),
         param_dtype=next((values.dtype for values in params.values()), np.dtype(np.float32)),
         use_scale="scale" in params,
@@ -112,15 +112,17 @@ def to_torch(
         value = getattr(layer, option)
         if value is not None:
             raise ValueError(
-                f"layer must have no {option}, as torch.nn.GroupNorm has none: got {value!r}; "
+                f"layer must have no {option}, as torch.nn.GroupNorm has none: got {shown(value)}; "
                 f"write layer.clone({option}=None), and do in torch what it did."
             )
-    params = meta.unbox(variables).get("params", {})
+    variables = meta.unbox(variables)
+    params = variables.get("params", {})
     learned = {"scale": layer.use_scale, "bias": layer.use_bias}
     wanted = [name for name, is_learned in learned.items() if is_learned]
     if sorted(params) != sorted(wanted):
         raise ValueError(
-            f"variables must hold the layer's parameters, {wanted}: got {list(params)}."
+            f'variables must hold the layer\'s parameters, {{"params": {wanted}}}: '
+            f"got {jax.tree.map(jnp.shape, variables)}."
         )
     arrays = {name: _array(params[name], name) for name in wanted}
     for name, values in arrays.items():
@@ -230,7 +232,8 @@ def convert_params(
 
 def _spelling(framework: Any, argument: str) -> tuple[str, str]:
     if framework not in list(_SPELLINGS):
-        raise ValueError(f"{argument} must be one of {', '.join(_SPELLINGS)}: got {framework!r}.")
+        known = ", ".join(_SPELLINGS)
+        raise ValueError(f"{argument} must be one of {known}: got {shown(framework)}.")
     return _SPELLINGS[framework]
 
 
@@ -299,5 +302,5 @@ def _array(value: Any, name: str) -> np.ndarray:
     except TypeError:  # torch's bfloat16, which NumPy itself does not know
         array = np.asarray(jax.dlpack.from_dlpack(value))
     if not jnp.issubdtype(array.dtype, jnp.number):
-        raise TypeError(f"{name} must be an array of numbers: got {value!r:.60}.")
+        raise TypeError(f"{name} must be an array of numbers: got {shown(value)}.")
     return array.astype(array.dtype.newbyteorder("="))

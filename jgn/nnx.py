@@ -23,8 +23,8 @@ class GroupNorm(nnx.Module):
 
     Its parameters are `scale` and `bias`, shape (num_features,), as those of `flax.nnx.GroupNorm`,
     whose state it loads. Note that flax's epsilon is 1e-6 by default, and that the output has x's
-    dtype. `use_fast_variance` and `promote_dtype` have no counterpart: there is one variance, as
-    fast as the fast one, and moments are never computed in less than float32.
+    dtype. `use_fast_variance` and `promote_dtype` have no counterpart: there is one variance, and
+    moments are never computed in less than float32.
 
     Args:
         num_features: How many channels x has.
@@ -142,7 +142,7 @@ class GroupNorm(nnx.Module):
         if channels != self.num_features:
             raise ValueError(
                 f"x must have num_features channels: got {channels} on axis {self.channel_axis} "
-                f"of shape {x.shape} for num_features={self.num_features}."
+                f"of shape {x.shape} for num_features={self.num_features}; see channel_axis."
             )
         return group_norm(
             x,

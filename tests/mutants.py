@@ -624,15 +624,15 @@ MUTANTS = (
     Mutant(
         "what blocks leave in one sum, however much it is",
         "_blocks.py",
-        "LONGEST, LONGEST_OF_SEVERAL = 256, 64\n",
-        "LONGEST, LONGEST_OF_SEVERAL = 2**30, 2**30\n",
+        "ENOUGH, LONGEST, LONGEST_OF_SEVERAL = 64, 256, 64\n",
+        "ENOUGH, LONGEST, LONGEST_OF_SEVERAL = 64, 2**30, 2**30\n",
         ("values",),
     ),
     Mutant(
         "what blocks leave along several axes summed as along one",
         "_blocks.py",
-        "LONGEST, LONGEST_OF_SEVERAL = 256, 64\n",
-        "LONGEST, LONGEST_OF_SEVERAL = 256, 256\n",
+        "ENOUGH, LONGEST, LONGEST_OF_SEVERAL = 64, 256, 64\n",
+        "ENOUGH, LONGEST, LONGEST_OF_SEVERAL = 64, 256, 256\n",
         ("values",),
     ),
     Mutant(

@@ -84,6 +84,16 @@ def test_arrays_may_be_mapped():
     np.testing.assert_allclose(y, [apart(partial(slope)) for slope in slopes], rtol=1e-6)
 
 
+@pytest.mark.parametrize("equal", [(True, 1), (2, 2.0), (0.0, -0.0), (np.float32(2), 2.0)], ids=str)
+def test_numbers_that_are_equal_but_not_the_same_are_told_apart(equal):
+    def spelled(number, y):
+        return y * len(repr(number))
+
+    for number in (*equal, *reversed(equal)):
+        activation = Partial(spelled, number)
+        np.testing.assert_allclose(fused(activation), apart(activation), rtol=1e-6)
+
+
 @EVERY_KIND
 def test_x_alone_is_kept(activation):
     kept = jax.eval_shape(lambda a, x: jax.vjp(fused, a, x)[1], activation(0.3), X)

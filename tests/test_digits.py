@@ -1,6 +1,7 @@
 """The digits example: it learns, goes on to the bit where it was stopped, and loses nothing."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jgn import examples
 from jgn.examples.digits import (
     NORMS,
     Network,
@@ -251,6 +253,21 @@ def test_a_second_interrupt_does_not_wait_for_the_step(run_with_step):
     assert (code, passed) == (130, ["first"])
 
 
+def test_ignored_interrupts_stay_ignored(run_with_step):
+    """As of what a shell runs in the background."""
+
+    def step(*batch):
+        signal.raise_signal(signal.SIGINT)
+        return nothing_learned(*batch)
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        code, _ = run_with_step(step)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert code == 0
+
+
 def failing(*_):
     raise ZeroDivisionError
 
@@ -267,6 +284,13 @@ def test_interrupts_are_afterwards_as_they_were(run_with_step, step):
         assert signal.getsignal(signal.SIGINT) is former
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_what_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tqdm" else name)
+    message = r"^tqdm is not installed; pip install 'jgn\[examples\]' brings it\.$"
+    with pytest.raises(ModuleNotFoundError, match=message):
+        importlib.reload(examples)
 
 
 def test_another_thread_may_train(run_with_step):

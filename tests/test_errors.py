@@ -13,6 +13,7 @@ import jgn
 
 X = np.ones((2, 3, 12), np.float32)
 TABLE = "(num_groups × group_size: 1 × 12, 2 × 6, 3 × 4, 4 × 3, 6 × 2, 12 × 1)"
+CHANNELS_OF_X = "; the channels are axis 2 of x, shape (2, 3, 12): see channel_axis"
 IMMENSE = jax.ShapeDtypeStruct((1 << 30, 1 << 20, 12), "float32")
 
 
@@ -36,14 +37,22 @@ FUNCTION = [
         {"num_groups": 5},
         ValueError,
         "num_groups must divide the channels: got num_groups=5 for 12 channels; "
-        f"the nearest that do are 4 and 6 {TABLE}.",
+        f"the nearest that do are 4 and 6 {TABLE}{CHANNELS_OF_X}.",
     ),
     (
         X,
         {"num_groups": 32},
         ValueError,
         "num_groups must divide the channels: got num_groups=32 for 12 channels; "
-        f"the nearest that do are 12 {TABLE}.",
+        f"the nearest that do are 12 {TABLE}{CHANNELS_OF_X}.",
+    ),
+    # As if it were a weight.
+    (
+        X,
+        {"num_groups": np.ones(512)},
+        TypeError,
+        "num_groups must be an integer known when the call is traced: "
+        "got array([1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., ….",
     ),
     (X, {"num_groups": 0}, ValueError, "num_groups must be 1 or more: got 0."),
     (X, {"num_groups": -2}, ValueError, "num_groups must be 1 or more: got -2."),
@@ -211,8 +220,8 @@ FUNCTION = [
         X,
         {"activation": Unhashable()},
         TypeError,
-        "activation must be hashable, apart from its arrays, as jax.jit finds by it what it "
-        "compiled: got Unhashable; call it on the result instead.",
+        "activation must be hashable, apart from its arrays, as it is part of jax.jit's cache "
+        "key: got Unhashable; call it on the result instead.",
     ),
     (X, {"dtype": "int32"}, TypeError, "dtype must be floating or complex: got int32."),
     (
@@ -290,7 +299,7 @@ LAYER = [
             ValueError,
             "exactly one of num_groups and group_size must be given: "
             f"got num_groups={num_groups} and group_size={group_size}; "
-            "to give the size, write num_groups=None, group_size=...",
+            f"to give the size, write num_groups=None, group_size=... instead{CHANNELS_OF_X}.",
         )
         for num_groups, group_size in ((4, 3), (None, None))
     ),
@@ -298,7 +307,7 @@ LAYER = [
         {"num_groups": None, "group_size": 5},
         ValueError,
         "group_size must divide the channels: got group_size=5 for 12 channels; "
-        f"the nearest that do are 4 and 6 {TABLE}.",
+        f"the nearest that do are 4 and 6 {TABLE}{CHANNELS_OF_X}.",
     ),
     (
         {"num_groups": None, "group_size": 0},
@@ -314,7 +323,7 @@ LAYER = [
         {},
         ValueError,
         "num_groups must divide the channels: got num_groups=32 for 12 channels; "
-        f"the nearest that do are 12 {TABLE}.",
+        f"the nearest that do are 12 {TABLE}{CHANNELS_OF_X}.",
     ),
 ]
 

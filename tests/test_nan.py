@@ -50,7 +50,7 @@ def test_what_is_not_finite_stays_in_its_sample_and_group(name, value, place):
 # With so many positions, sums go by blocks of blocks, and products give a value a channel at once.
 @pytest.mark.parametrize("placed", [np.asarray, on_a_mesh])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_the_same_with_many_positions_and_on_a_mesh(value, placed):
+def test_what_is_not_finite_stays_in_its_group_with_many_positions_and_on_a_mesh(value, placed):
     x, cotangent = random((3, 30, 20, 12)), random((3, 30, 20, 12), 3)
 
     @jax.jit

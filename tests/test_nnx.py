@@ -384,6 +384,6 @@ def test_an_epsilon_or_activation_of_no_use_is_refused_by_the_constructor(option
 @pytest.mark.parametrize("learned", [False, True])
 def test_an_x_of_other_channels_is_refused(learned):
     module = layer(use_scale=learned, use_bias=learned)
-    message = r"got 16 on axis -1 of shape \(2, 5, 16\) for num_features=8\.$"
+    message = r"got 16 on axis -1 of shape \(2, 5, 16\) for num_features=8; see channel_axis\.$"
     with pytest.raises(ValueError, match=message):
         module(np.ones((2, 5, 16), np.float32))

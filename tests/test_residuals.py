@@ -10,18 +10,13 @@ import pytest
 from jax import lax
 
 import jgn
+from jgn.bench.contenders import bytes_kept
 
 # Activations of a U-Net, a ResNet and two sequences, the second in groups of 512 elements.
 SHAPES = [((2, 32, 32, 320), 32), ((4, 28, 28, 128), 32), ((8, 1024, 64), 8), ((256, 16, 256), 8)]
 # Two sums for every 16 positions, and for every 256, are there for a moment, beside x's size.
 SUMS_OF_BLOCKS = 2 / 16 + 2 / 256 + 0.02
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-def bytes_kept(function, *arguments):
-    """What the backward pass closes over: the arrays in the tree that jax.vjp returns."""
-    kept = jax.eval_shape(lambda *arguments: jax.vjp(function, *arguments)[1], *arguments)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
 
 
 def abstract(shape, dtype):

@@ -124,7 +124,7 @@ def test_values_and_gradients_equal_the_unsharded_ones(layout, num_groups, axis_
 
 
 @pytest.mark.parametrize("layout", ["batch", "height", "width", "space and channels"])
-def test_in_the_form_of_gpus_they_do_too(layout, traced_for):
+def test_values_and_gradients_equal_the_unsharded_ones_in_the_form_of_gpus(layout, traced_for):
     traced_for("gpu")
     test_values_and_gradients_equal_the_unsharded_ones(layout, SPANNING, AxisType.Auto)
 
@@ -435,6 +435,18 @@ def test_an_axis_of_vmap_can_share_statistics():
 def value_and_gradient(x, cotangent):
     y, vjp = jax.vjp(lambda x: jgn.group_norm(x, ALIGNED), x)
     return y, *vjp(cotangent)
+
+
+def test_of_nothing_the_result_is_placed_as_x():
+    mesh = jax.make_mesh((8,), ("a",))
+    x = jax.device_put(jnp.zeros((8, 0, 12)), NamedSharding(mesh, P("a")))
+    assert jax.typeof(jgn.group_norm(x, 3)).sharding == jax.typeof(x).sharding
+
+    def twice(x):
+        return jax.lax.scan(lambda x, _: (jgn.group_norm(x, 3), None), x, None, length=2)[0]
+
+    spec = P("a")
+    assert jax.shard_map(twice, mesh=mesh, in_specs=spec, out_specs=spec)(x).shape == x.shape
 
 
 def in_shard_map(x, cotangent, check_vma):

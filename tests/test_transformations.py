@@ -231,6 +231,15 @@ def test_under_every_configuration(name, value):
     assert integers.dtype == (jnp.float64 if name == "jax_enable_x64" else jnp.float32)
 
 
+def test_debug_nans_sees_none_under_the_mask():
+    """Nor where an eager derivative turns x into an array."""
+    mask = (jnp.arange(6) < 4)[:, None]
+    x = jnp.where(mask, X, jnp.nan)
+    with jax.debug_nans(True):
+        gradient = jax.grad(lambda x: norm(x, mask=mask).sum())(x)
+    assert np.isfinite(gradient).all()
+
+
 LOAD = """
     import sys
     import numpy as np

@@ -451,7 +451,9 @@ def test_elements_that_round_alike_cost_no_digits(
         ((2, 32, 32, 32, 4), 4, -1, "complex64"),
     ],
 )
-def test_nor_do_they_under_a_mask_on_a_mesh(shape, num_groups, channel_axis, dtype):
+def test_elements_that_round_alike_cost_no_digits_under_a_mask(
+    shape, num_groups, channel_axis, dtype
+):
     test_elements_that_round_alike_cost_no_digits(
         shape, num_groups, channel_axis, dtype, True, on_a_mesh
     )
@@ -481,7 +483,9 @@ def test_the_mean_of_what_a_mask_counts_costs_no_digits(shape, num_groups, chann
         ("n, 4, d, h, w", (2, 4, 23, 29, 31), 2, 1),
     ],
 )
-def test_nor_do_they_where_sizes_are_symbolic(sizes, shape, num_groups, channel_axis):
+def test_elements_that_round_alike_cost_no_digits_of_symbolic_sizes(
+    sizes, shape, num_groups, channel_axis
+):
     def value_and_gradient(x, cotangent):
         y, vjp = jax.vjp(lambda x: jgn.group_norm(x, num_groups, channel_axis=channel_axis), x)
         return y, vjp(cotangent)[0]
@@ -551,16 +555,18 @@ def test_denormals_are_nothing_beside_epsilon(dtype):
     chex.assert_tree_all_finite(jgn.group_norm(x, 2, epsilon=0))
 
 
-# Blocks that divide the positions; a prime number of them, whose blocks are padded; a plain sum.
+# Blocks that divide the positions; a prime number of them, whose blocks are padded; blocks of which
+# each of two devices has half; and twice two primes there, of which there are none: plain sums.
 @pytest.mark.parametrize(
     ("shape", "channel_axis", "placed"),
     [
         ((1, 2**20, 16), -1, np.asarray),
         ((1, 1048573, 16), -1, np.asarray),
         ((1, 4, 2048, 2048), 1, on_a_mesh),
+        ((1, 4, 2 * 1021, 2 * 1031), 1, on_a_mesh),
     ],
 )
-def test_a_group_of_16_million_elements(shape, channel_axis, placed):
+def test_a_group_of_millions_of_elements(shape, channel_axis, placed):
     x = np.random.default_rng(2).standard_normal(shape, np.float32) + np.float32(3)
     cotangent = np.random.default_rng(3).standard_normal(shape, np.float32)
 

@@ -113,15 +113,17 @@ class _Interrupt:
 
     def __init__(self):
         self._asked = False
-        self._in_main_thread = threading.current_thread() is threading.main_thread()
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        # No other may handle signals; and a shell's "&" has them ignored.
+        self._answers = in_main_thread and signal.getsignal(signal.SIGINT) != signal.SIG_IGN
 
     def __enter__(self) -> "_Interrupt":
-        if self._in_main_thread:  # No other may handle signals.
+        if self._answers:
             self._former = signal.signal(signal.SIGINT, self._ask)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._in_main_thread:
+        if self._answers:
             signal.signal(signal.SIGINT, self._former)
 
     def _ask(self, *_: object) -> None:
