@@ -195,7 +195,8 @@ def convert_params(
 
     Returns:
         A tree of the same containers and of the very same leaves. No value is changed: neither
-        layout nor epsilon, whose default differs between frameworks, is among the parameters.
+        layout nor epsilon, whose default differs between frameworks, is among the parameters. If
+        no node has the source's names, the tree is as it was.
 
     Raises:
         ValueError: source or target is unknown.

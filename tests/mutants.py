@@ -636,6 +636,27 @@ MUTANTS = (
         ("values",),
     ),
     Mutant(
+        "numbers of an activation that are equal taken for the same",
+        "_activation.py",
+        "repr(leaf) for leaf in others",
+        '"" for leaf in others',
+        ("activation",),
+    ),
+    Mutant(
+        "an empty result placed nowhere",
+        "_group_norm.py",
+        "        return x.astype(output_dtype)\n",
+        "        return jnp.zeros(x.shape, output_dtype)\n",
+        ("sharding",),
+    ),
+    Mutant(
+        "an array converted, as what is none",
+        "_group_norm.py",
+        "    if isinstance(value, Array):",
+        "    if isinstance(value, Array) and value is None:",
+        ("transformations",),
+    ),
+    Mutant(
         "no padded blocks",
         "_blocks.py",
         "_best_padded(of_one_device)",

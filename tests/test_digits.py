@@ -201,6 +201,15 @@ def test_killed_at_its_very_start_it_starts_again(tmp_path, uninterrupted):
     assert_same_end(out, uninterrupted)
 
 
+@pytest.fixture
+def interrupts():
+    """Answered, here and in what is started, even if a shell runs the tests in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupt_ends_it_with_130_and_keeps_what_is_done(tmp_path):
     out = tmp_path / "run"
     code, errors = stop(out, 1, signal.SIGINT, epochs=200)
@@ -231,6 +240,7 @@ def nothing_learned(state, key, images, labels):
     return state, 2.5, 51
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupt_before_an_epoch_is_finished_promises_none(tmp_path, run_with_step):
     def step(*batch):
         signal.raise_signal(signal.SIGINT)
@@ -240,6 +250,7 @@ def test_an_interrupt_before_an_epoch_is_finished_promises_none(tmp_path, run_wi
     assert run_with_step(step) == (130, stopped)
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_a_second_interrupt_does_not_wait_for_the_step(run_with_step):
     passed = []
 
