@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jax.tree_util import Partial
 
-from jgn._axes import shown
+from jgn._messages import shown
 
 
 class ActivationWithoutArrays(NamedTuple):

@@ -5,6 +5,8 @@ import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jgn._messages import shown
+
 
 class Axes(NamedTuple):
     """The role of every axis of x; together they are all its axes, none of them negative."""
@@ -73,12 +75,6 @@ def num_groups_from(num_groups: Any, group_size: Any, channels: int, hint: str =
 def channels_of_x(shape: Sequence[int], axes: Axes) -> str:
     """A hint at where the number of channels comes from."""
     return f"; the channels are axis {axes.channel} of x, shape {shape}: see channel_axis"
-
-
-def shown(value: Any) -> str:
-    """What represents the value in a message: one line of 60 characters at most."""
-    line = " ".join(repr(value).split())
-    return line if len(line) <= 60 else line[:59] + "…"
 
 
 def _checked_divisor(value: Any, name: str, channels: Any, hint: str) -> int:

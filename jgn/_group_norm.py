@@ -16,10 +16,11 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Num
 
 from jgn._activation import ActivationWithoutArrays, split_activation
-from jgn._axes import Axes, channels_of_x, check_num_groups, resolve_axes, shown
+from jgn._axes import Axes, channels_of_x, check_num_groups, resolve_axes
 from jgn._blocks import positions_of
 from jgn._devices import varying_as
 from jgn._groups import Groups
+from jgn._messages import shown
 from jgn._moments import (
     MOMENTS,
     SUMS,
@@ -286,7 +287,8 @@ def as_numbers(value: Any, name: str) -> Array:
 
 
 def _as_array(value: Any, rule: str) -> Array:
-    if isinstance(value, Array):  # Not converted, as that would not pass `jax.debug_nans`.
+    # To convert one is an operation, which `jax.debug_nans` stops if a NaN is under the mask.
+    if isinstance(value, Array):
         return value
     try:
         return jnp.asarray(value)

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from jgn._axes import check_num_groups, num_groups_from, positive_integer, shown
+from jgn._axes import check_num_groups, num_groups_from, positive_integer
 from jgn._linen import GroupNorm
+from jgn._messages import shown
 
 Framework = Literal["jgn", "flax", "torch", "lucid", "equinox", "haiku", "keras"]
 
@@ -122,7 +123,7 @@ def to_torch(
     if sorted(params) != sorted(wanted):
         raise ValueError(
             f'variables must hold the layer\'s parameters, {{"params": {wanted}}}: '
-            f"got {jax.tree.map(jnp.shape, variables)}."
+            f"got {shown(jax.tree.map(np.shape, variables))}."
         )
     arrays = {name: _array(params[name], name) for name in wanted}
     for name, values in arrays.items():

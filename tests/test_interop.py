@@ -283,6 +283,12 @@ def test_an_option_that_torch_has_not_is_named(option, value):
             None,
             r"{\"params\": \['scale', 'bias'\]}: got {'bias': \(12,\), 'scale': \(12,\)}\.$",
         ),
+        (
+            {},
+            {"params": {f"layer_{i}": object() for i in range(99)}},
+            None,
+            r"\['scale', 'bias'\]}: got {'params': {'layer_0': \(\), .{1,40}…\.$",
+        ),
         ({"use_bias": False, "use_scale": False}, {}, None, "number of channels must be known"),
         ({}, {"params": params_of("jgn")}, 16, r"num_channels=16 and the parameters' shapes {'sca"),
         (
