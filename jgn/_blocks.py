@@ -65,6 +65,11 @@ class Block(NamedTuple):
         return -(-self.positions // (self.size * self.stride))
 
     @property
+    def _neighbours(self) -> tuple[int, ...]:
+        """The axis of those that lie between two positions of a block, if any do."""
+        return () if self.stride == 1 else (self.stride,)
+
+    @property
     def left(self) -> Any:
         """How many positions there are after it."""
         return self.segments * self.stride
@@ -83,17 +88,18 @@ class Block(NamedTuple):
         before, after = x.shape[: self.axis], x.shape[self.axis + 1 :]
         padded = self._padded(x) if self.may_be_padded else x
         # In two steps, as an explicitly split axis bears no other way.
-        in_strides = padded.reshape(*before, self.segments * self.size, self.stride, *after)
-        split = in_strides.reshape(*before, self.segments, self.size, self.stride, *after)
-        return split.sum(self.axis + 1).reshape(*before, self.left, *after)
+        in_strides = padded.reshape(*before, self.segments * self.size, *self._neighbours, *after)
+        split = in_strides.reshape(*before, self.segments, self.size, *self._neighbours, *after)
+        return lax.reduce_sum(split, [self.axis + 1]).reshape(*before, self.left, *after)
 
     def spread(self, x: Array) -> Array:
         """Repeats the elements of x as many times as `sum` adds up; its transpose."""
         before, after = x.shape[: self.axis], x.shape[self.axis + 1 :]
-        blocks = x.reshape(*before, self.segments, self.stride, *after)
-        split = (*before, self.segments, self.size, self.stride, *after)
-        repeated = jnp.broadcast_to(jnp.expand_dims(blocks, self.axis + 1), split)
-        in_strides = repeated.reshape(*before, self.segments * self.size, self.stride, *after)
+        blocks = x.reshape(*before, self.segments, *self._neighbours, *after)
+        split = (*before, self.segments, self.size, *self._neighbours, *after)
+        others = [axis for axis in range(len(split)) if axis != self.axis + 1]
+        repeated = lax.broadcast_in_dim(blocks, split, others)
+        in_strides = repeated.reshape(*before, self.segments * self.size, *self._neighbours, *after)
         padded = in_strides.reshape(*before, self.left * self.size, *after)
         return self._cut(padded) if self.may_be_padded else padded
 

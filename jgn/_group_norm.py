@@ -262,7 +262,7 @@ def _inverse_sqrt(x: Array) -> Array:
     Unlike those of `lax.rsqrt`, the intermediate values of its derivative stay in range wherever x
     itself does.
     """
-    return 1 / jnp.sqrt(jnp.where(x == 0, jnp.inf, x))
+    return 1 / jnp.sqrt(lax.select(x == 0, jnp.full_like(x, jnp.inf), x))
 
 
 def _rows(values: Array, x: Array, axes: Axes) -> Array:

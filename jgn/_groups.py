@@ -75,7 +75,8 @@ class Groups:
             return self._repeated(per_group) if jnp.iscomplexobj(per_group) else per_group
         if self._multiplies:
             # Padded, as zeros to be joined would lack the shardings that `jax.vmap` adds.
-            two_columns = jnp.pad(per_group[..., None], [(0, 0)] * per_group.ndim + [(0, 1)])
+            one_column, zero = per_group[..., None], jnp.zeros((), per_group.dtype)
+            two_columns = lax.pad(one_column, zero, [(0, 0, 0)] * per_group.ndim + [(0, 1, 0)])
             grouped = _matmul(two_columns, _first_of_two(self.size, per_group.dtype).T)
         else:
             lanes = (*per_group.shape, self._lane_shape[-1])
@@ -86,6 +87,13 @@ class Groups:
         if self._span_devices:
             per_channel = self._reshard(per_channel, self._channel_names)
         return per_channel
+
+    def spread_both(self, u: Array, v: Array) -> tuple[Array, Array]:
+        """Gives every channel its group's two values, by one product if by any."""
+        if not self._multiplies or jnp.iscomplexobj(u):
+            return self.spread(u), self.spread(v)
+        both = self.spread(lax.complex(u, v))
+        return both.real, both.imag
 
     def once_a_group(self, per_group: Array) -> Array:
         """The values, computed before anything that wants them for every position.

@@ -118,7 +118,7 @@ class Reduction(NamedTuple):
         positions, sample, axis = thirds
         means, variances = self._mean_and_variance(positions, sample)
         k = by_components(lambda means: _median(*_unstacked(means, axis)), means)
-        q = functools.reduce(jnp.minimum, _unstacked(variances, axis))
+        q = functools.reduce(lax.min, _unstacked(variances, axis))
         return self.groups.once_a_group(k), self.groups.once_a_group(q)
 
     def _mean_and_variance(self, positions: Positions, x: Array) -> tuple[Array, Array]:
@@ -140,7 +140,7 @@ class Reduction(NamedTuple):
 
     def moments(self, x: Array, k: Array, q: Array, n: Array) -> tuple[Array, Array]:
         """m = E[d] of every group, and σ², or what rounding makes of 0."""
-        along_k, along_q = (self.positions.along(self.groups.spread(shift)) for shift in (k, q))
+        along_k, along_q = map(self.positions.along, self.groups.spread_both(k, q))
         d = self._where_counted(x - along_k)
         shifted = self._where_counted((_squared_magnitude(d) - along_q).astype(d.dtype))
         sums = self._over_groups(self.positions.sums(d, shifted))
@@ -192,7 +192,7 @@ def is_constant(m: Array, variance: Array) -> Array:
 
 def zero_where(condition: Array, x: Array) -> Array:
     """Sets values to 0, and leaves their derivatives."""
-    return x - lax.stop_gradient(jnp.where(condition, x, 0))
+    return x - lax.stop_gradient(lax.select(condition, x, jnp.zeros_like(x)))
 
 
 def _unstacked(x: Array, axis: int) -> list[Array]:
@@ -200,13 +200,13 @@ def _unstacked(x: Array, axis: int) -> list[Array]:
 
 
 def _median(a: Array, b: Array, c: Array) -> Array:
-    return jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
+    return lax.max(lax.min(a, b), lax.min(lax.max(a, b), c))
 
 
 def _significant_variance(mean: Array, mean_square: Array) -> Array:
     """E[|x|²] − |E[x]|² where that has digits that are not noise, else 0."""
     variance = mean_square - _squared_magnitude(mean)
-    return jnp.where(variance > SIGNIFICANT * mean_square, variance, 0)
+    return lax.select(variance > SIGNIFICANT * mean_square, variance, jnp.zeros_like(variance))
 
 
 def mean(k: Array, m: Array, variance: Array) -> tuple[Array, Array]:
@@ -217,7 +217,7 @@ def mean(k: Array, m: Array, variance: Array) -> tuple[Array, Array]:
     """
     rounded = lax.stop_gradient(k + _rounded(m))
     near_zero = lax.stop_gradient(_squared_magnitude(rounded) < NEAR_ZERO**2 * variance)
-    pivot = jnp.where(near_zero, 0, rounded)
+    pivot = lax.select(near_zero, jnp.zeros_like(rounded), rounded)
     return pivot, m - (pivot - k)
 
 
@@ -233,5 +233,5 @@ def _rounded(x: Array) -> Array:
 
 def _squared_magnitude(d: Array) -> Array:
     if jnp.iscomplexobj(d):
-        return jnp.square(d.real) + jnp.square(d.imag)
-    return jnp.square(d)
+        return lax.square(d.real) + lax.square(d.imag)
+    return lax.square(d)

@@ -185,7 +185,7 @@ class Positions:
 
     def _sum_at_once(self, x: Array) -> Array:
         channel = sum(axis < self._axes.channel for axis in self._axes.batch)
-        return jnp.moveaxis(x.sum(self._axes.spatial), channel, -1)
+        return jnp.moveaxis(lax.reduce_sum(x, self._axes.spatial), channel, -1)
 
 
 def by_components(function: Callable[..., Any], *arrays: Array) -> Any:

@@ -101,8 +101,8 @@ MUTANTS = (
     Mutant(
         "|d|² without the imaginary part",
         "_moments.py",
-        "return jnp.square(d.real) + jnp.square(d.imag)",
-        "return jnp.square(d.real)",
+        "return lax.square(d.real) + lax.square(d.imag)",
+        "return lax.square(d.real)",
         ("values",),
     ),
     # Axes
@@ -145,7 +145,7 @@ MUTANTS = (
     Mutant(
         "no shift of the squares",
         "_moments.py",
-        "jnp.where(variance > SIGNIFICANT * mean_square, variance, 0)",
+        "lax.select(variance > SIGNIFICANT * mean_square, variance, jnp.zeros_like(variance))",
         "jnp.zeros_like(variance)",
         ("groups",),
     ),
@@ -166,16 +166,23 @@ MUTANTS = (
     Mutant(
         "a pivot beside 0",
         "_moments.py",
-        "jnp.where(near_zero, 0, rounded)",
+        "lax.select(near_zero, jnp.zeros_like(rounded), rounded)",
         "rounded",
         ("groups",),
     ),
     Mutant(
         "no pivot",
         "_moments.py",
-        "jnp.where(near_zero, 0, rounded)",
+        "lax.select(near_zero, jnp.zeros_like(rounded), rounded)",
         "jnp.zeros_like(rounded)",
         ("values",),
+    ),
+    Mutant(
+        "no shift of the squares where the channels have it by a product",
+        "_groups.py",
+        "        return both.real, both.imag\n",
+        "        return both.real, jnp.zeros_like(both.imag)\n",
+        ("groups", "values"),
     ),
     Mutant(
         "values of groups computed for every position",
@@ -194,8 +201,8 @@ MUTANTS = (
     Mutant(
         "the largest variance of the thirds",
         "_moments.py",
-        "functools.reduce(jnp.minimum, ",
-        "functools.reduce(jnp.maximum, ",
+        "functools.reduce(lax.min, ",
+        "functools.reduce(lax.max, ",
         ("groups", "values"),
     ),
     Mutant(
@@ -292,7 +299,7 @@ MUTANTS = (
     Mutant(
         "a clamp without derivatives",
         "_moments.py",
-        "x - lax.stop_gradient(jnp.where(condition, x, 0))",
+        "x - lax.stop_gradient(lax.select(condition, x, jnp.zeros_like(x)))",
         "jnp.where(condition, 0, x)",
         ("values", "derivatives"),
     ),
@@ -371,7 +378,7 @@ MUTANTS = (
     Mutant(
         "no derivative where variance and epsilon are 0",
         "_group_norm.py",
-        "    return 1 / jnp.sqrt(jnp.where(x == 0, jnp.inf, x))\n",
+        "    return 1 / jnp.sqrt(lax.select(x == 0, jnp.full_like(x, jnp.inf), x))\n",
         "    return 1 / jnp.sqrt(x)\n",
         ("values", "derivatives"),
     ),
