@@ -277,8 +277,7 @@ def _rows(values: Array, x: Array, axes: Axes) -> Array:
 
 def as_numbers(value: Any, name: str) -> Array:
     array = _as_array(value, f"{name} must be an array of numbers")
-    supported = any(array.dtype == dtype for dtype in _FLOATING) or _is_integral(array.dtype)
-    if not supported:
+    if array.dtype not in _FLOATING and not _is_integral(array.dtype):
         raise TypeError(
             f"{name} must be float16, bfloat16, float32, float64, complex64, complex128, integer "
             f"or boolean: got {array.dtype}."
@@ -296,13 +295,8 @@ def _as_array(value: Any, rule: str) -> Array:
         raise TypeError(f"{rule}: got {shown(value)}.") from None
 
 
-_FLOATING = (
-    jnp.float16,
-    jnp.bfloat16,
-    jnp.float32,
-    jnp.float64,
-    jnp.complex64,
-    jnp.complex128,
+_FLOATING = tuple(
+    map(jnp.dtype, ("float16", "bfloat16", "float32", "float64", "complex64", "complex128"))
 )
 
 
