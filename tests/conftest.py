@@ -18,13 +18,17 @@ os.environ["KERAS_BACKEND"] = "jax"
 @pytest.fixture
 def traced_for(monkeypatch):
     """Has the sums traced in the form of a backend, whichever runs them."""
+    changes = []
 
     def choose(backend):
-        monkeypatch.setattr(jax, "default_backend", lambda: backend)
-        jax.clear_caches()  # What is compiled belongs to one of them.
+        if backend != jax.default_backend():
+            monkeypatch.setattr(jax, "default_backend", lambda: backend)
+            jax.clear_caches()  # What is compiled belongs to one of them.
+            changes.append(backend)
 
     yield choose
-    jax.clear_caches()
+    if changes:
+        jax.clear_caches()
 
 
 @pytest.fixture(params=["cpu", "gpu"])
