@@ -65,8 +65,8 @@ class Block(NamedTuple):
         return -(-self.positions // (self.size * self.stride))
 
     @property
-    def _neighbours(self) -> tuple[int, ...]:
-        """The axis of those that lie between two positions of a block, if any do."""
+    def _strides(self) -> tuple[int, ...]:
+        """The axis along which blocks alternate; none where a block's positions are neighbours."""
         return () if self.stride == 1 else (self.stride,)
 
     @property
@@ -88,18 +88,18 @@ class Block(NamedTuple):
         before, after = x.shape[: self.axis], x.shape[self.axis + 1 :]
         padded = self._padded(x) if self.may_be_padded else x
         # In two steps, as an explicitly split axis bears no other way.
-        in_strides = padded.reshape(*before, self.segments * self.size, *self._neighbours, *after)
-        split = in_strides.reshape(*before, self.segments, self.size, *self._neighbours, *after)
+        in_strides = padded.reshape(*before, self.segments * self.size, *self._strides, *after)
+        split = in_strides.reshape(*before, self.segments, self.size, *self._strides, *after)
         return lax.reduce_sum(split, [self.axis + 1]).reshape(*before, self.left, *after)
 
     def spread(self, x: Array) -> Array:
         """Repeats the elements of x as many times as `sum` adds up; its transpose."""
         before, after = x.shape[: self.axis], x.shape[self.axis + 1 :]
-        blocks = x.reshape(*before, self.segments, *self._neighbours, *after)
-        split = (*before, self.segments, self.size, *self._neighbours, *after)
+        blocks = x.reshape(*before, self.segments, *self._strides, *after)
+        split = (*before, self.segments, self.size, *self._strides, *after)
         others = [axis for axis in range(len(split)) if axis != self.axis + 1]
         repeated = lax.broadcast_in_dim(blocks, split, others)
-        in_strides = repeated.reshape(*before, self.segments * self.size, *self._neighbours, *after)
+        in_strides = repeated.reshape(*before, self.segments * self.size, *self._strides, *after)
         padded = in_strides.reshape(*before, self.left * self.size, *after)
         return self._cut(padded) if self.may_be_padded else padded
 
