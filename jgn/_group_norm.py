@@ -279,8 +279,8 @@ def as_numbers(value: Any, name: str) -> Array:
     array = _as_array(value, f"{name} must be an array of numbers")
     if array.dtype not in _FLOATING and not _is_integral(array.dtype):
         raise TypeError(
-            f"{name} must be float16, bfloat16, float32, float64, complex64, complex128, integer "
-            f"or boolean: got {array.dtype}."
+            f"{name} must be {', '.join(map(str, _FLOATING))}, integer or boolean: "
+            f"got {array.dtype}."
         )
     return array
 

@@ -190,6 +190,7 @@ def is_constant(m: Array, variance: Array) -> Array:
     return lax.stop_gradient(variance <= ROUNDED * eps * _squared_magnitude(m))
 
 
+# Of `jax.lax` where it says the same: JAX traces a function of `jax.numpy` as a program of its own.
 def zero_where(condition: Array, x: Array) -> Array:
     """Sets values to 0, and leaves their derivatives."""
     return x - lax.stop_gradient(lax.select(condition, x, jnp.zeros_like(x)))

@@ -185,6 +185,13 @@ MUTANTS = (
         ("groups", "values"),
     ),
     Mutant(
+        "k and q by a product each",
+        "_groups.py",
+        "if not self._multiplies or jnp.iscomplexobj(u):",
+        "if True:",
+        ("structure",),
+    ),
+    Mutant(
         "values of groups computed for every position",
         "_groups.py",
         "        return per_group / lax.clamp(ones, lax.stop_gradient(per_group), ones)\n",

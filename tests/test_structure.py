@@ -411,6 +411,14 @@ def test_only_groups_that_would_divide_an_index_for_each_element_take_products(
     assert bool(products) == (layout == "channels last" and num_groups == 6)
 
 
+def test_two_values_take_one_product(traced_for):
+    """The sample's sums and those of x; k with q, what is left of μ with 1/σ, and the pivot."""
+    traced_for("cpu")
+    forward, _ = jaxprs(random(SHAPE["channels last"]), 6, "channels last", masked=False)
+    products = [e for e in equations(forward) if e.primitive.name == "dot_general"]
+    assert len(products) == 5
+
+
 # 5260 rows are 263 blocks of 20, without padding; the blocks of these 263 have some.
 @pytest.mark.parametrize(
     ("rows", "columns", "is_product"), [(23, 14, False), (23, 31, True), (5260, 1, False)]
