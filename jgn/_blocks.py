@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jgn._axes import Axes
-from jgn._devices import devices_of_a_sample, devices_of_an_axis, is_traced_for, partitions
+from jgn._devices import devices_of_a_sample, devices_of_an_axis, partitions
 from jgn._positions import Positions, by_components
 
 # XLA:CPU unrolls a sum of so few elements; much smaller blocks leave too much for the next sums,
@@ -38,14 +38,6 @@ FEW = 128
 # How many neighbours in memory a vectorized loop needs. Where they are positions, a block has
 # every position that is so many after another.
 NEIGHBOURS = 16
-
-
-def positions_of(x: Array, axes: Axes, dtype: Any) -> Positions:
-    """The spatial axes of x, which is summed in this dtype, in the way that the device wants."""
-    if not is_traced_for("cpu"):
-        return Positions(x, axes)
-    is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
-    return ComplexPositions(x, axes) if is_complex else PositionsInBlocks(x, axes)
 
 
 class Block(NamedTuple):
@@ -189,6 +181,10 @@ class ComplexPositions(Positions):
         super().__init__(x, axes)
         self._of_a_component = PositionsInBlocks(x, axes)
 
+    @property
+    def are_padded(self) -> bool:
+        return self._of_a_component.are_padded
+
     def sum(self, x: Array) -> Array:
         return by_components(self._of_a_component.sum, x)
 
@@ -210,9 +206,8 @@ def _blocks(x: Array, axes: Axes, largest: int) -> list[Block]:
     devices may share there are a multiple of s, none of them padded, so that no device has part of
     one; so there are none of symbolic sizes then.
     """
-    sizes = {axis: x.shape[axis] for axis in axes.spatial}
-    known = {axis: size for axis, size in sizes.items() if isinstance(size, int)}
-    symbolic = {axis: size for axis, size in sizes.items() if axis not in known}
+    known = {axis: x.shape[axis] for axis in axes.spatial if isinstance(x.shape[axis], int)}
+    symbolic = {axis: x.shape[axis] for axis in axes.spatial if axis not in known}
     blocks = _blocks_of_known_sizes(x, known, largest)
     if symbolic and devices_of_a_sample(x, axes) == 1:
         blocks += _blocks_of_symbolic_sizes(x, symbolic, _positions_in(blocks))

@@ -1,10 +1,11 @@
 """What tracing tells of the devices that x is on."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 from jax import Array, lax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
 
 from jgn._axes import Axes
 
@@ -33,7 +34,7 @@ def automatic_devices(x: Array) -> int:
     """
     mesh = jax.typeof(x).sharding.mesh
     mesh = jax.sharding.get_abstract_mesh() if mesh.empty else mesh
-    kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True) if not mesh.empty else ()
+    kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
     return math.prod(size for size, kind in kinds if kind == AxisType.Auto)
 
 
@@ -43,6 +44,17 @@ def partitions(x: Array, axis: int) -> int:
     names = sharding.spec[axis] or ()
     names = (names,) if isinstance(names, str) else names
     return math.prod(sharding.mesh.shape[name] for name in names)
+
+
+def split_as(x: Array, axes: Sequence[int], values: Array) -> Array:
+    """The values, whose axes are these of x, on the devices of x where explicit meshes tell."""
+    of_x, of_values = jax.typeof(x).sharding, jax.typeof(values).sharding
+    sizes = zip(axes, values.shape, strict=True)
+    wanted = PartitionSpec(*(of_x.spec[axis] if size != 1 else None for axis, size in sizes))
+    # Values that lie nowhere in particular JAX splits where they meet x.
+    if any(of_values.spec) and of_values.spec != wanted:
+        return jax.sharding.reshard(values, of_values.update(spec=wanted))
+    return values
 
 
 def varying_as(x: Array, values: Array) -> Array:

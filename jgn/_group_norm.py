@@ -11,14 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Num
 
 from jgn._activation import ActivationWithoutArrays, split_activation
 from jgn._axes import Axes, channels_of_x, check_num_groups, resolve_axes
-from jgn._blocks import positions_of
-from jgn._devices import varying_as
+from jgn._blocks import ComplexPositions, PositionsInBlocks
+from jgn._devices import is_traced_for, split_as, varying_as
 from jgn._groups import Groups
 from jgn._messages import shown
 from jgn._moments import (
@@ -31,6 +30,8 @@ from jgn._moments import (
     mean,
     zero_where,
 )
+from jgn._parts import PositionsInParts
+from jgn._positions import Positions
 
 
 def group_norm(
@@ -179,6 +180,7 @@ def _group_norm(
     if math.prod(x.shape) == 0:
         return x.astype(output_dtype)
     if mask is not None:
+        mask = split_as(x, range(x.ndim - mask.ndim, x.ndim), mask)
         mask = varying_as(x, mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape))
 
     def widened(x: Array) -> Array:
@@ -189,11 +191,11 @@ def _group_norm(
         return jnp.where(mask | (jnp.abs(x) < math.sqrt(jnp.finfo(x.dtype).max)), x, 0)
 
     # Whatever k and q are, μ and σ² are the same, and so are all derivatives without theirs.
-    constant = widened(lax.stop_gradient(x))
+    stopped = widened(lax.stop_gradient(x))
     positions = positions_of(x, axes, compute_dtype)
-    groups = Groups(constant, axes, num_groups, positions)
+    groups = Groups(stopped, axes, num_groups, positions)
     reduction = Reduction(positions, groups, mask, shards)
-    (k, q), n = reduction.shifts(constant), reduction.number(constant)
+    (k, q), n = reduction.shifts(stopped), reduction.number(stopped)
     residuals = MOMENTS if positions.on_one_cpu else SUMS
     activation = activation_without.with_arrays(activation_arrays)
 
@@ -210,19 +212,20 @@ def _group_norm(
         scale = None if scale is None else _rows(scale.astype(compute_dtype), x, axes)
         bias = None if bias is None else _rows(bias.astype(compute_dtype), x, axes)
         y = _normalize(widened(x), k, q, n, scale, bias, reduction, epsilon)
-        y = y if activation is None else activation(y)
-        if getattr(y, "shape", None) != x.shape:
-            got = f"shape {y.shape}" if hasattr(y, "shape") else shown(y)
-            raise ValueError(
-                f"activation must be elementwise: got {got} for an x of shape {x.shape}."
-            )
-        if jnp.iscomplexobj(y) and not jnp.issubdtype(output_dtype, jnp.complexfloating):
-            raise ValueError(
-                f"activation must give real numbers for an output of {output_dtype}: got {y.dtype}."
-            )
+        y = y if activation is None else _activated(y, activation, output_dtype)
         return y.astype(output_dtype)
 
     return normalized(x, k, q, n, scale, bias)
+
+
+def positions_of(x: Array, axes: Axes, dtype: Any) -> Positions:
+    """The spatial axes of x, which is summed in this dtype, in the way that the device wants."""
+    if is_traced_for("gpu"):
+        return PositionsInParts(x, axes)
+    if not is_traced_for("cpu"):
+        return Positions(x, axes)
+    is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+    return ComplexPositions(x, axes) if is_complex else PositionsInBlocks(x, axes)
 
 
 def _normalize(
@@ -256,6 +259,19 @@ def _normalize(
     return (x - positions.along(lax.stop_gradient(pivot))) * a + b
 
 
+def _activated(y: Array, activation: Callable[[Array], Array], output_dtype: Any) -> Array:
+    activated = activation(y)
+    if getattr(activated, "shape", None) != y.shape:
+        got = f"shape {activated.shape}" if hasattr(activated, "shape") else shown(activated)
+        raise ValueError(f"activation must be elementwise: got {got} for an x of shape {y.shape}.")
+    if jnp.iscomplexobj(activated) and not jnp.issubdtype(output_dtype, jnp.complexfloating):
+        raise ValueError(
+            f"activation must give real numbers for an output of {output_dtype}: "
+            f"got {activated.dtype}."
+        )
+    return activated
+
+
 def _inverse_sqrt(x: Array) -> Array:
     """1/√x, and 0 for x = 0: a group without variance or epsilon is all bias.
 
@@ -267,12 +283,9 @@ def _inverse_sqrt(x: Array) -> Array:
 
 def _rows(values: Array, x: Array, axes: Axes) -> Array:
     """Gives (channels,) the rank of (*batch, channels), and explicit shardings those of x."""
-    of_x, of_values = jax.typeof(x).sharding, jax.typeof(values).sharding
-    rows = [of_x.spec[axis] for axis in (*axes.batch, axes.channel)]
-    wanted = PartitionSpec(*rows[len(rows) - values.ndim :])
-    if any(of_values.spec) and of_values.spec != wanted:
-        values = jax.sharding.reshard(values, of_values.update(spec=wanted))
-    return jnp.expand_dims(values, range(len(axes.batch) + 1 - values.ndim))
+    missing = len(axes.batch) + 1 - values.ndim
+    values = split_as(x, (*axes.batch, axes.channel)[missing:], values)
+    return jnp.expand_dims(values, range(missing))
 
 
 def as_numbers(value: Any, name: str) -> Array:

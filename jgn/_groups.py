@@ -35,11 +35,12 @@ class Groups:
         self._num_groups = num_groups
         self.size = x.shape[axes.channel] // num_groups
         in_the_innermost_loop = axes.channel == x.ndim - 1
-        self._on_one_cpu = positions.on_one_cpu
+        on_one_cpu = positions.on_one_cpu
+        self._is_one_column = num_groups == 1 and not on_one_cpu
         # A loop with branches is not vectorized if its iterations share a value inside of them.
         dear = positions.are_padded if num_groups == 1 else self.size % LANES != 0
-        self._multiplies = self._on_one_cpu and in_the_innermost_loop and dear and self.size != 1
-        self._broadcasts_on_one_cpu = self._on_one_cpu and not self._multiplies
+        self._multiplies = on_one_cpu and in_the_innermost_loop and dear and self.size != 1
+        self._broadcasts_on_one_cpu = on_one_cpu and not self._multiplies
         has_lanes = self._broadcasts_on_one_cpu and self.size >= MANY
         self._lane_shape = _split_into_lanes(self.size) if has_lanes else (self.size, 1, 1)
         sharding = jax.typeof(x).sharding
@@ -51,7 +52,7 @@ class Groups:
         if self.size == 1:
             return per_channel
         # Not reshaped, as then all of it would go to every device that shares the group.
-        if self._num_groups == 1 and not self._on_one_cpu:
+        if self._is_one_column:
             return jnp.conj(jnp.conj(per_channel).sum(-1, keepdims=True))
         if self._span_devices:
             per_channel = self._reshard(per_channel, None)
@@ -71,7 +72,7 @@ class Groups:
         """
         if self.size == 1:
             return per_group
-        if self._num_groups == 1 and not self._on_one_cpu:
+        if self._is_one_column:
             return self._repeated(per_group) if jnp.iscomplexobj(per_group) else per_group
         if self._multiplies:
             # Padded, as zeros to be joined would lack the shardings that `jax.vmap` adds.

@@ -25,7 +25,6 @@ far. As one of the other means is at least as far from μ as k, on the same side
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -64,17 +63,16 @@ class Shards(NamedTuple):
     axis_name: str | tuple[str, ...] | None
     axis_index_groups: tuple[tuple[int, ...], ...] | None
 
-    def sum(self, *values: Any) -> Sequence[Any]:
+    def sum(self, value: Any) -> Any:
         if self.axis_name is None:
-            return values
-        return lax.psum(values, self.axis_name, axis_index_groups=self.axis_index_groups)
+            return value
+        return lax.psum(value, self.axis_name, axis_index_groups=self.axis_index_groups)
 
     def count(self, on_each: int) -> Any:
         """How many elements there are on all of them: a number, unless that differs."""
         # lax.psum multiplies a number by the size of the first group, for others as well.
         differs = len({len(group) for group in self.axis_index_groups or ()}) > 1
-        (count,) = self.sum(jnp.asarray(on_each) if differs else on_each)
-        return count
+        return self.sum(jnp.asarray(on_each) if differs else on_each)
 
 
 class Reduction(NamedTuple):
@@ -175,8 +173,7 @@ class Reduction(NamedTuple):
 
     def _over_groups(self, per_channel: Array) -> Array:
         """Sums a value a channel over every group, on all shards."""
-        (total,) = self.shards.sum(self.groups.sum(per_channel))
-        return total
+        return self.shards.sum(self.groups.sum(per_channel))
 
 
 def kept(per_group: Array, name: str) -> Array:

@@ -11,7 +11,7 @@ from jax import export
 from oracle import tolerance, unit_roundoff
 
 from jgn._axes import resolve_axes
-from jgn._blocks import positions_of
+from jgn._group_norm import positions_of
 from jgn._groups import Groups
 from jgn._moments import Reduction, Shards, is_constant, mean
 

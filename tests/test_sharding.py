@@ -382,6 +382,36 @@ def test_a_scale_and_a_bias_may_lie_otherwise_than_x(x_spec, values_spec, num_gr
         np.testing.assert_allclose(actual, gradient, rtol=0, atol=1e-5 * np.abs(gradient).max())
 
 
+@pytest.mark.parametrize("in_context", [True, False])
+@pytest.mark.parametrize(
+    ("x_spec", "mask_spec"),
+    [
+        (P("data"), P("model")),
+        (P("data"), P("data", "model")),
+        (P(None, "data"), P("data")),
+        (P(None, "data"), P(None, "model")),
+        (P(), P("data", "model")),
+    ],
+)
+def test_a_mask_may_lie_otherwise_than_x(x_spec, mask_spec, in_context):
+    mesh = mesh_of(AxisType.Explicit, data=2, model=4)
+    counted = np.arange(9, 17)[:, None, None, None]
+    mask = np.arange(SHAPE[1])[None, :, None, None] < counted
+
+    def value_and_gradient(x, mask, cotangent):
+        y, vjp = jax.vjp(lambda x: jgn.group_norm(x, SPANNING, mask=mask), x)
+        return y, *vjp(cotangent)
+
+    wanted = jax.jit(value_and_gradient)(X, mask, COTANGENT)
+    x, cotangent = (jax.device_put(v, NamedSharding(mesh, x_spec)) for v in (X, COTANGENT))
+    placed = jax.device_put(mask, NamedSharding(mesh, mask_spec))
+    with jax.set_mesh(mesh) if in_context else contextlib.nullcontext():
+        actual = jax.jit(value_and_gradient)(x, placed, cotangent)
+    for found, expected in zip(actual, wanted, strict=True):
+        assert jax.typeof(found).sharding == jax.typeof(x).sharding
+        np.testing.assert_allclose(found, expected, rtol=0, atol=5e-6)
+
+
 @pytest.mark.parametrize("num_groups", [ALIGNED, SPANNING])
 def test_an_explicit_mesh_needs_no_context(num_groups):
     """x alone, by its place, tells of the mesh."""

@@ -423,11 +423,13 @@ def test_two_values_take_one_product(traced_for):
 @pytest.mark.parametrize(
     ("rows", "columns", "is_product"), [(23, 14, False), (23, 31, True), (5260, 1, False)]
 )
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
 def test_one_group_takes_products_only_where_the_loop_over_x_is_padded(
-    rows, columns, is_product, traced_for
+    rows, columns, is_product, dtype, traced_for
 ):
     traced_for("cpu")
-    forward, _ = jaxprs(random((4, rows, columns, 24)), 1, "channels last", masked=False)
+    x = random((4, rows, columns, 24), dtype=dtype)
+    forward, _ = jaxprs(x, 1, "channels last", masked=False)
     names = {equation.primitive.name for equation in equations(forward)}
     assert ("dot_general" in names) == is_product
 
