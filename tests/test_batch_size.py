@@ -1,6 +1,7 @@
 """The comparison over batch sizes and groups: its settings, its file, and bad options."""
 
 import json
+import os
 
 import pytest
 
@@ -91,6 +92,23 @@ def test_a_file_that_cannot_be_written_is_told_before_any_work(tmp_path, capsys,
     assert not no_training
 
 
+def test_a_pipe_is_refused(tmp_path, capsys, no_training):
+    out = tmp_path / "pipe"
+    os.mkfifo(out)  # To read it would take forever.
+    assert main(arguments(out)) == 1
+    message = f"error: {out}: it is no file of results; choose another --out.\n"
+    assert capsys.readouterr().err == message
+    assert not no_training
+
+
+def test_results_go_where_a_link_points_to(tmp_path):
+    out, link = tmp_path / "errors.json", tmp_path / "link"
+    link.symlink_to(out)
+    assert main(arguments(link)) == 0
+    assert link.is_symlink()
+    assert len(json.loads(out.read_text())["results"]) == len(settings())
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -101,6 +119,13 @@ def test_a_file_that_cannot_be_written_is_told_before_any_work(tmp_path, capsys,
         ("not JSON", "it is no file of results; choose another --out."),
         ('{"epochs": 2}', "it is no file of results; choose another --out."),
         ("[]", "it is no file of results; choose another --out."),
+        *(
+            (
+                f'{{"epochs": 2, "seeds": 2, "channels": 16, "results": {results}}}',
+                "it is no file of results; choose another --out.",
+            )
+            for results in ("3", "[3]", '[{"setting": {}}]')
+        ),
     ],
 )
 def test_another_file_is_refused_and_stays_as_it_is(tmp_path, capsys, no_training, text, reason):

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from jgn._files import behind_links, is_device, write_whole
 from jgn.bench import report as reporting
 from jgn.bench.contenders import (
     COMPILED,
@@ -254,12 +255,12 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error(f"--rounds must be 1 or more: got {options.rounds}.")
     files = [file for file in (options.json, options.plot) if file]
     for file in files:
-        directory = _behind_links(file).parent
+        directory = behind_links(file).parent
         if not directory.is_dir():
             parser.error(f"there is no directory {directory} for {file.name}.")
-        if file.is_dir() or not os.access(file if _is_device(file) else directory, os.W_OK):
+        if file.is_dir() or not os.access(file if is_device(file) else directory, os.W_OK):
             parser.error(f"{file} cannot be written.")
-    if len(set(map(_behind_links, files))) < len(files):
+    if len(set(map(behind_links, files))) < len(files):
         parser.error(f"--json and --plot must be two files: got {options.json} and {options.plot}.")
     if options.plot and _kind(options.plot) not in ("png", "svg", "pdf"):
         parser.error(f"--plot must end in .png, .svg or .pdf: got {options.plot.name}.")
@@ -270,28 +271,6 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
 
 def _kind(picture: pathlib.Path) -> str:
     return picture.suffix[1:].lower()
-
-
-def _behind_links(file: pathlib.Path) -> pathlib.Path:
-    return pathlib.Path(os.path.realpath(file))
-
-
-def _is_device(file: pathlib.Path) -> bool:
-    return file.exists() and not file.is_file()
-
-
-def _write(file: pathlib.Path, content: bytes) -> None:
-    """Writes a file as a whole or not at all; what a link points to, and into a device."""
-    if _is_device(file):
-        file.write_bytes(content)
-        return
-    file = _behind_links(file)
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        unfinished.write_bytes(content)
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -314,7 +293,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.exit(1, f"JAX finds no device: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "\nStopped; nothing is written.\n")
-    print(reporting.table(report))
     status = 1 if report["failed"] else 0
     for file, content in (
         (options.json, lambda: (json.dumps(report, indent=1) + "\n").encode()),
@@ -322,10 +300,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
         if file:
             try:
-                _write(file, content())
+                write_whole(file, content())
             except OSError as error:
                 print(f"cannot write {file}: {error}", file=sys.stderr)
                 status = 1
+    print(reporting.table(report))  # At last, as whoever reads it may be gone.
     return status
 
 

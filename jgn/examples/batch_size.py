@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from jgn._files import is_device, write_whole
 from jgn.examples.digits import (
     NORMS,
     Digits,
@@ -126,16 +127,22 @@ def _train(report: dict[str, Any], options: argparse.Namespace) -> int:
 
 def _read(file: pathlib.Path) -> dict[str, Any]:
     try:
+        if is_device(file):
+            raise ValueError
         report = json.loads(file.read_text())
-        return {name: report[name] for name in ("epochs", "seeds", "channels", "results")}
+        results = [
+            {name: r[name] for name in ("setting", "test_errors")} for r in report["results"]
+        ]
+        return {
+            **{name: report[name] for name in ("epochs", "seeds", "channels")},
+            "results": results,
+        }
     except (ValueError, KeyError, TypeError):
         raise ForeignFileError("it is no file of results; choose another --out.") from None
 
 
 def _write(report: dict[str, Any], file: pathlib.Path) -> None:
-    written = file.with_name(f"{file.name}.partial")
-    written.write_text(json.dumps(report, indent=1))
-    written.replace(file)
+    write_whole(file, json.dumps(report, indent=1).encode())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization
 
+from jgn._files import write_whole
 from jgn.examples.digits.training import State
 
 SETTINGS = "settings.json"
@@ -106,10 +107,8 @@ class Run:
 
     def write(self, name: str, content: bytes) -> None:
         """Puts a file into the directory, whole or not at all."""
-        partial = self.directory / f".{name}.partial"
         try:
-            partial.write_bytes(content)
-            os.replace(partial, self.directory / name)
+            write_whole(self.directory / name, content)
         except OSError as error:
             raise RunError(
                 f"cannot write {name} in {self.directory}: {error}; "
