@@ -1,7 +1,9 @@
 """The digits example: it learns, goes on to the bit where it was stopped, and loses nothing."""
 
 import contextlib
+import errno
 import importlib.util
+import io
 import json
 import os
 import pathlib
@@ -35,7 +37,7 @@ from jgn.examples.digits import (
 )
 from jgn.examples.digits import __main__ as program
 from jgn.examples.digits.__main__ import main
-from jgn.examples.digits.checkpoints import Finished, Run, RunError
+from jgn.examples.digits.checkpoints import Finished, Run, RunError, checkpoints
 from jgn.examples.digits.training import shifted
 
 # Of several workers one runs these tests, with what its first run has compiled.
@@ -295,6 +297,26 @@ def test_interrupts_are_afterwards_as_they_were(run_with_step, step):
         assert signal.getsignal(signal.SIGINT) is former
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+class Left(io.StringIO):
+    """Where the lines go once their reader, such as `head`, has left."""
+
+    def write(self, _):
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+def test_a_reader_who_leaves_ends_it_and_the_epoch_is_kept(tmp_path, monkeypatch, run_with_step):
+    monkeypatch.setattr(sys, "stdout", Left())
+    assert run_with_step(nothing_learned) == (1, "error: [Errno 32] Broken pipe\n")
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["1"]
+
+
+def test_more_devices_than_there_are_is_told_where_jax_has_started(tmp_path, capsys):
+    devices = 2 * jax.device_count()
+    with pytest.raises(SystemExit, match="2"):
+        main([f"--devices={devices}", f"--batch-size={devices}", f"--out={tmp_path / 'run'}"])
+    assert f"must be at most the {devices // 2} present: got {devices}." in capsys.readouterr().err
 
 
 def test_what_is_not_installed_is_named(monkeypatch):

@@ -1,6 +1,7 @@
 """Trains the network: python -m jgn.examples.digits --help."""
 
 import argparse
+import contextlib
 import io
 import json
 import math
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return _train(options, parser)
-    except RunError as error:
+    except (RunError, OSError) as error:  # Of the second kind is a reader of stdout that leaves.
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -168,7 +169,8 @@ def _shardings(
     """For what every device has in full, and for what is split along its first axis."""
     if devices > 1:
         # Where there is only a CPU, it stands for several devices; elsewhere this does nothing.
-        jax.config.update("jax_num_cpu_devices", devices)
+        with contextlib.suppress(RuntimeError):  # JAX has started, as in a notebook.
+            jax.config.update("jax_num_cpu_devices", devices)
     present = jax.local_device_count()
     if devices > present:
         parser.error(f"--devices must be at most the {present} present: got {devices}.")
