@@ -19,6 +19,7 @@ import numpy as np
 from flax.core import meta
 
 from jgn._axes import check_num_groups, num_groups_from, positive_integer
+from jgn._group_norm import checked_epsilon
 from jgn._linen import GroupNorm
 from jgn._messages import shown
 
@@ -50,8 +51,10 @@ def from_torch(module: Any) -> tuple[GroupNorm, dict[str, dict[str, np.ndarray]]
         module's parameters, bit for bit and in their own dtype, as NumPy arrays.
 
     Raises:
-        TypeError: the module lacks one of the attributes, or its parameters are not numbers.
-        ValueError: the groups do not divide the channels, or a parameter has another shape.
+        TypeError: the module lacks one of the attributes, or its parameters are not numbers, or its
+            `eps` is none.
+        ValueError: the groups do not divide the channels, a parameter has another shape, or `eps`
+            is negative or not finite.
 
     Example:
         >>> import types
@@ -81,7 +84,7 @@ def from_torch(module: Any) -> tuple[GroupNorm, dict[str, dict[str, np.ndarray]]
             )
     layer = GroupNorm(
         num_groups=check_num_groups(module.num_groups, num_channels),
-        epsilon=float(module.eps),
+        epsilon=checked_epsilon(module.eps),
         param_dtype=next((values.dtype for values in params.values()), np.dtype(np.float32)),
         use_scale="scale" in params,
         use_bias="bias" in params,
@@ -106,9 +109,16 @@ def to_torch(
     Raises:
         ImportError: torch is not installed.
         ValueError: the layer has an option that torch's has not; the variables are not the
-            layer's; the channels are unknown, or not a multiple of the groups.
-        TypeError: `num_channels` is not an integer; a parameter is not floating or complex.
+            layer's; the channels are unknown, or not a multiple of the groups; epsilon is negative
+            or not finite.
+        TypeError: layer is not a `jgn.GroupNorm`; `num_channels` is not an integer; a parameter is
+            not floating or complex; epsilon is not a number.
     """
+    if not isinstance(layer, GroupNorm):
+        raise TypeError(
+            f"layer must be a jgn.GroupNorm: got {type(layer).__module__}.{type(layer).__name__}; "
+            "write jgn.GroupNorm(...) with its groups and its epsilon."
+        )
     for option in ("dtype", "reduction_axes", "axis_name", "axis_index_groups", "activation"):
         value = getattr(layer, option)
         if value is not None:
@@ -117,10 +127,10 @@ def to_torch(
                 f"write layer.clone({option}=None), and do in torch what it did."
             )
     variables = meta.unbox(variables)
-    params = variables.get("params", {})
+    params = variables.get("params", {}) if isinstance(variables, Mapping) else None
     learned = {"scale": layer.use_scale, "bias": layer.use_bias}
     wanted = [name for name, is_learned in learned.items() if is_learned]
-    if sorted(params) != sorted(wanted):
+    if not isinstance(params, Mapping) or sorted(params) != sorted(wanted):
         raise ValueError(
             f'variables must hold the layer\'s parameters, {{"params": {wanted}}}: '
             f"got {shown(jax.tree.map(np.shape, variables))}."
@@ -141,6 +151,7 @@ def to_torch(
         )
     ((channels,),) = shapes
     num_groups = num_groups_from(layer.num_groups, layer.group_size, channels)
+    epsilon = checked_epsilon(layer.epsilon)
     try:
         torch = importlib.import_module("torch")
     except ImportError as error:
@@ -148,7 +159,7 @@ def to_torch(
             "to_torch needs torch, which cannot be imported; "
             'convert_params(params, source="jgn", target="torch") does not.'
         ) from error
-    module = torch.nn.GroupNorm(num_groups, channels, layer.epsilon, affine=False)
+    module = torch.nn.GroupNorm(num_groups, channels, epsilon, affine=False)
     module.affine = bool(arrays)
     for name, values in arrays.items():
         # Through bytes, because torch knows no bfloat16 of NumPy's.
@@ -261,7 +272,9 @@ def _new_keys(
         shapes = {getattr(meta.unbox(value), "shape", None) for value in values}
         if len(keys) == 2:
             return len(shapes) == 1 and shapes != {None}
-        return next(iter(names)) in keys and len(shapes.pop() or ()) == 1
+        scale, _ = names
+        (shape,) = shapes
+        return scale in keys and len(shape or ()) == 1
 
     return {
         key: (*prefix, names[name]) if isinstance(prefix, tuple) else prefix + names[name]
@@ -298,7 +311,8 @@ def _mapping_like(tree: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
 def _array(value: Any, name: str) -> np.ndarray:
     """A copy in host memory of any framework's array."""
     for method in ("detach", "cpu", "contiguous"):  # torch's, on the way to NumPy
-        value = getattr(value, method, lambda value=value: value)()
+        if hasattr(value, method):
+            value = getattr(value, method)()
     try:
         array = value.numpy() if hasattr(value, "numpy") else np.asarray(value)
     except TypeError:  # torch's bfloat16, which NumPy itself does not know

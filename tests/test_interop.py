@@ -15,10 +15,11 @@ import numpy as np
 import optax
 import pytest
 from cases import random
+from flax import nnx
 from flax.core import FrozenDict
 from oracle import Oracle, tolerance, wide
 
-import jgn
+import jgn.nnx
 from jgn.interop import convert_params, from_torch, to_torch
 
 CHANNELS, GROUPS = 12, 3
@@ -239,6 +240,28 @@ def test_group_size_and_frozen_variables_are_understood():
     assert (module.num_groups, module.num_channels) == (3, CHANNELS)
 
 
+@pytest.mark.parametrize("epsilon", [1, np.float32(0.5), np.array(0.5), jnp.float32(0.5)], ids=type)
+def test_torch_gets_epsilon_as_the_number_that_it_wants(epsilon):
+    pytest.importorskip("torch")
+    module = to_torch(jgn.GroupNorm(GROUPS, epsilon=epsilon), {"params": params_of("jgn")})
+    assert type(module.eps) is float
+    assert module.eps == epsilon
+
+
+def test_an_epsilon_that_is_none_is_named():
+    pytest.importorskip("torch")
+    with pytest.raises(ValueError, match=r"^epsilon must be finite and not negative: got -1\.0\.$"):
+        to_torch(jgn.GroupNorm(GROUPS, epsilon=-1.0), {"params": params_of("jgn")})
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.GroupNorm(GROUPS), jgn.nnx.GroupNorm(CHANNELS, GROUPS, rngs=nnx.Rngs(0)), None]
+)
+def test_another_layer_is_named(layer):
+    with pytest.raises(TypeError, match=r"^layer must be a jgn\.GroupNorm: got .*; write jgn\.Gr"):
+        to_torch(layer, {"params": params_of("jgn")})
+
+
 def identity(x):
     return x
 
@@ -264,7 +287,16 @@ def test_an_option_that_torch_has_not_is_named(option, value):
 @pytest.mark.parametrize(
     ("options", "variables", "num_channels", "message"),
     [
-        ({}, {}, None, r"^variables must hold .* {\"params\": \['scale', 'bias'\]}: got {}\.$"),
+        *(
+            ({}, variables, None, rf"^variables must hold .* 'bias'\]}}: got {re.escape(shown)}\.$")
+            for variables, shown in (
+                ({}, "{}"),
+                (None, "None"),
+                ([1, 2], "[(), ()]"),
+                ({"params": 3}, "{'params': ()}"),
+                ({"params": None}, "{'params': None}"),
+            )
+        ),
         (
             {"use_bias": False},
             {"params": params_of("jgn")},
