@@ -312,16 +312,19 @@ class Scripted:
 
 def test_contenders_take_turns_and_one_that_fails_sits_out():
     workers = [Scripted("floor", 1.0), Scripted("jgn", 1.0), Scripted("flax", 4.0, failing_turn=3)]
-    failed, results = {}, []
+    failed, turns = {}, []
     options = {"dtype": "bfloat16", "platform": "cpu"}
-    rounds = _measure(WORKLOADS[0], options, workers, 3, failed, results)
-    turns = [[len(worker.asked) for worker in workers] for _ in rounds]
+
+    def tick():
+        turns.append([len(worker.asked) for worker in workers])
+
+    result = _measure(WORKLOADS[0], options, workers, 3, failed, tick)
     assert turns == [[0, 0, 0], [4, 2, 2], [8, 4, 3], [12, 6, 3]]
     assert failed == {"flax, resnet-1, bfloat16": "out of memory"}
-    assert results[0]["x_bytes"] == 2 * 8 * 56 * 56 * 64
-    assert results[0]["contenders"].keys() == {"jgn"}
-    assert results[0]["contenders"]["jgn"]["forward"] == {"best": 1, "median": 2, "spread": 2}
-    assert results[0]["floor"].keys() == set(contenders.FLOORS)
+    assert result["x_bytes"] == 2 * 8 * 56 * 56 * 64
+    assert result["contenders"].keys() == {"jgn"}
+    assert result["contenders"]["jgn"]["forward"] == {"best": 1, "median": 2, "spread": 2}
+    assert result["floor"].keys() == set(contenders.FLOORS)
 
 
 def compared(monkeypatch, platform, peers=None):

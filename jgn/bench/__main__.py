@@ -10,7 +10,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jgn._files import behind_links, is_device, write_whole
@@ -143,8 +143,8 @@ def compare(
             for workload, dtype in pairs:
                 progress.set_description(f"{workload.name}, {dtype}")
                 options = {"dtype": dtype, "platform": environment["platform"]}
-                for _ in _measure(workload, options, workers, rounds, failed, results):
-                    progress.update()
+                measured = _measure(workload, options, workers, rounds, failed, progress.update)
+                results.append(measured)
     return {
         "environment": {
             **environment,
@@ -170,9 +170,9 @@ def _measure(
     workers: Sequence[Worker],
     rounds: int,
     failed: dict[str, str],
-    results: list[dict[str, Any]],
-) -> Iterator[None]:
-    """Appends one workload's result, and yields after its preparation and after every round.
+    tick: Callable[[], object],
+) -> dict[str, Any]:
+    """One workload's result; ticks after its preparation and after every round.
 
     Whoever fails leaves no time behind, and sits out until the next workload.
     """
@@ -193,31 +193,29 @@ def _measure(
             facts[worker.contender] = worker.prepare(workload, seed=seed, **options)
             calls = FLOORS if worker.contender == "floor" else (reporting.FORWARD, reporting.BOTH)
             times[worker.contender] = {call: [] for call in calls}
-    yield
+    tick()
     for _ in range(rounds):
         for worker in workers:
             if worker.contender in facts:
                 with noted(worker.contender):
                     for call, measured in times[worker.contender].items():
                         measured += worker.ask(time=call, seconds=TURN)
-        yield
+        tick()
     summaries = {
         name: {call: reporting.summary(measured) for call, measured in times[name].items()}
         for name in facts
     }
-    results.append(
-        {
-            "workload": workload.name,
-            "network": workload.network,
-            "shape": workload.shape,
-            "num_groups": workload.num_groups,
-            "channel_axis": workload.channel_axis,
-            "dtype": dtype,
-            "x_bytes": ITEM_BYTES[dtype] * math.prod(workload.shape),
-            "floor": summaries.pop("floor", {}),
-            "contenders": {name: {**facts[name], **calls} for name, calls in summaries.items()},
-        }
-    )
+    return {
+        "workload": workload.name,
+        "network": workload.network,
+        "shape": workload.shape,
+        "num_groups": workload.num_groups,
+        "channel_axis": workload.channel_axis,
+        "dtype": dtype,
+        "x_bytes": ITEM_BYTES[dtype] * math.prod(workload.shape),
+        "floor": summaries.pop("floor", {}),
+        "contenders": {name: {**facts[name], **calls} for name, calls in summaries.items()},
+    }
 
 
 def _parser() -> argparse.ArgumentParser:
