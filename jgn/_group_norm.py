@@ -83,7 +83,8 @@ def group_norm(
         mask: Broadcastable to x; True counts toward the moments. All
             positions are normalized. Where it is False, x may hold anything:
             a value that is not finite, or whose square would not be, is read
-            as 0. A group without any True has mean 0 and variance 0.
+            as 0. A group without any True has mean 0 and variance 0, so y is
+            scale · x / √epsilon + bias.
         axis_name: Mapped axes, as in `jax.lax.psum`, over which the moments
             are shared, weighted by how many elements each shard counts.
         axis_index_groups: Which indices along `axis_name` share moments, as

@@ -390,6 +390,7 @@ def test_a_scale_and_a_bias_may_lie_otherwise_than_x(x_spec, values_spec, num_gr
         (P("data"), P("data", "model"), False),
         (P(None, "data"), P("data"), False),
         (P(None, "data"), P(None, "model"), True),
+        (P(None, None, "data"), P("data"), True),  # The mask has one column.
         (P(), P("data", "model"), False),
     ],
 )
