@@ -96,8 +96,17 @@ class Oracle:
         )
 
     def gradient_terms(self, cotangent):
-        """The size of the terms that cancel in the gradient of x: what its rounding grows with."""
-        return np.max(self._r * np.abs(self._a_and_s(self._split(wide(cotangent)))[0]))
+        """The size of the terms that cancel in the gradient of x: what its rounding grows with.
+
+        For every element that of its own group.
+        """
+        a, _ = self._a_and_s(self._split(wide(cotangent)))
+        return self.largest(self._join(self._r * a))
+
+    def largest(self, values):
+        """For every element the largest magnitude of these values in its own group."""
+        largest = np.abs(self._split(wide(values))).max(-1, keepdims=True)
+        return self._join(np.broadcast_to(largest, self._d.shape))
 
     def _a_and_s(self, g):
         a = self._laid_out(self._scale) * g
@@ -141,6 +150,11 @@ def tolerance(dtype, elements):
     The roundings of a sum do not conspire: √elements of them is what adds up.
     """
     return (10 + math.sqrt(elements)) * moment_roundoff(dtype)
+
+
+def promised(dtype, elements):
+    """The relative error of an output, and of a gradient of x: in float32 1e-6 of any group."""
+    return min(tolerance(dtype, elements), 1e-6)
 
 
 def wide(values):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from cases import EVERY_CASE, batch_shape, on_a_mesh, random
 from jax import export
-from oracle import Oracle, moment_roundoff, tolerance, unit_roundoff, wide
+from oracle import Oracle, moment_roundoff, promised, tolerance, unit_roundoff, wide
 
 import jgn
 
@@ -28,7 +28,7 @@ def assert_values(y, oracle, dtype, elements):
         wide(y),
         oracle.y,
         rtol=unit_roundoff(dtype),
-        atol=tolerance(dtype, elements) * np.abs(oracle.y).max(),
+        atol=promised(dtype, elements) * np.abs(oracle.y).max(),
     )
 
 
