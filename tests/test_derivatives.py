@@ -51,6 +51,26 @@ def test_gradients_for_every_shape_and_axis(shape, num_groups, options, per_samp
     assert_gradients(actual, oracle, cotangent, "float32", x.size)
 
 
+@pytest.mark.parametrize("shape", [(2, 400, 6), (2, 8, 12, 24), (2, 3, 64, 4)])
+@pytest.mark.parametrize("mean", [1.0, 1e4])
+def test_values_and_gradients_in_the_form_of_gpus(shape, mean, traced_for):
+    traced_for("gpu")  # Which sums in parts, whichever device runs it.
+    x, cotangent = random(shape, mean=mean), random(shape, 1)
+    scale, bias = random(shape[-1:], 2), random(shape[-1:], 3)
+
+    @jax.jit
+    def value_and_gradients(x, scale, bias):
+        y, vjp = jax.vjp(
+            lambda *arguments: jgn.group_norm(arguments[0], 2, *arguments[1:]), x, scale, bias
+        )
+        return y, vjp(cotangent)
+
+    y, gradients = value_and_gradients(x, scale, bias)
+    oracle = Oracle(x, 2, scale, bias)
+    assert np.abs(wide(y) - oracle.y).max() <= promised("float32", x.size) * np.abs(oracle.y).max()
+    assert_gradients(gradients, oracle, cotangent, "float32", x.size)
+
+
 SHAPE, GROUPS = (3, 6, 5, 8), 4
 MASKS = {
     "no mask": None,

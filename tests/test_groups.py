@@ -43,6 +43,31 @@ def test_sums_come_back_to_every_channel_of_their_group(shape, num_groups, optio
     np.testing.assert_allclose(actual, wanted, rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize("shape", [(2, 400, 6), (2, 8, 12, 24), (2, 3, 64, 4)])
+def test_parts_have_the_same_sums_and_their_transpose(shape, traced_for):
+    """The form of GPUs, whichever device runs it."""
+    traced_for("gpu")
+    u, v, (a, b) = random(shape), random(shape, 1), random((2, shape[0], shape[-1]), 2)
+    positions = parts_of(u, 2)[0]
+    assert positions._part, "else this tests plain sums"
+
+    @jax.jit
+    def sums_and_transpose(u, v, a, b):
+        both, transpose = jax.vjp(lambda a, b: positions.spread(positions.pair(a, b)), a, b)
+        return positions.unpair(positions.sums(u, v)), both, transpose((u, v))
+
+    sums, spread, transposed = sums_and_transpose(u, v, a, b)
+    for per_channel, everywhere in zip((a, b), spread, strict=True):
+        np.testing.assert_array_equal(
+            everywhere, np.broadcast_to(positions.along(per_channel), shape)
+        )
+    for x, *totals in zip((u, v), sums, transposed, strict=True):
+        wanted = x.astype(np.float64).sum(tuple(range(1, x.ndim - 1)))
+        atol = tolerance("float32", x.size) * np.abs(wanted).max()
+        for total in totals:
+            np.testing.assert_allclose(total, wanted, rtol=0, atol=atol)
+
+
 def test_a_sum_is_right_where_xla_gets_a_product_with_a_made_matrix_wrong():
     """In jaxlib 0.10 to 0.12, on a CPU, with x.sum(...) @ jnp.ones(...) in one program."""
     x = random((2, 64, 3, 16))

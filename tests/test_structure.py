@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import on_a_mesh, random
+from jax import export
 from jax.extend import core
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -70,6 +71,19 @@ def test_elsewhere_x_is_never_reshaped(layout, num_groups, masked, traced_for):
     forward, both = jaxprs(x, num_groups, layout, masked)
     assert sum(1 for _ in equations(both)) > sum(1 for _ in equations(forward)) > 10
     assert moves_of(both, x.size) == []
+
+
+@LAYOUT
+def test_what_is_traced_on_a_tpu_lowers_for_one(layout, traced_for):
+    traced_for("tpu")
+
+    @jax.jit
+    def value_and_gradient(x):
+        y, vjp = jax.vjp(lambda x: jgn.group_norm(x, 6, channel_axis=CHANNEL_AXIS[layout]), x)
+        return y, vjp(y)
+
+    x = jax.ShapeDtypeStruct(SHAPE[layout], "float32")
+    assert export.export(value_and_gradient, platforms=["tpu"])(x).platforms == ("tpu",)
 
 
 @PLACED
@@ -260,15 +274,22 @@ def large_moves(hlo, size):
 
 @LAYOUT
 @GROUPS
-def test_compiled_it_neither_transposes_nor_copies_x(layout, num_groups):
-    x = random(SHAPE[layout])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compiled_it_neither_transposes_nor_copies_x(layout, num_groups, dtype):
+    x = random(SHAPE[layout], dtype=dtype)
     scale = random((24,), 1)
 
     def normalized(x, scale):
         return jgn.group_norm(x, num_groups, scale, channel_axis=CHANNEL_AXIS[layout])
 
-    hlo = jax.jit(normalized).lower(x, scale).compile().as_text()
-    assert large_moves(hlo, x.size) == []
+    def value_and_gradients(x, scale, cotangent):
+        y, vjp = jax.vjp(normalized, x, scale)
+        return y, vjp(cotangent)
+
+    forward = jax.jit(normalized).lower(x, scale)
+    both = jax.jit(value_and_gradients).lower(x, scale, x)
+    for lowered in (forward, both):
+        assert large_moves(lowered.compile().as_text(), x.size) == []
 
 
 def test_the_search_through_hlo_finds_a_transpose():
