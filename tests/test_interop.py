@@ -150,6 +150,15 @@ def test_a_tensor_is_taken_out_of_its_graph_and_off_its_device(steps):
     chex.assert_trees_all_equal(variables, from_torch(module)[1])
 
 
+@pytest.mark.parametrize(
+    ("eps", "error", "shown"),
+    [("x", TypeError, "'x'"), (-1.0, ValueError, "-1.0"), (np.inf, ValueError, "inf")],
+)
+def test_an_eps_that_is_none_is_named(eps, error, shown):
+    with pytest.raises(error, match=rf"^epsilon must be .*: got {shown}\.$"):
+        from_torch(module_like_torch(eps=eps))
+
+
 def test_an_object_without_torchs_attributes_is_named():
     with pytest.raises(TypeError, match=r"a GroupNorm without num_channels, eps, affine, weight"):
         from_torch(jgn.GroupNorm(GROUPS))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jgn
 from jgn.bench.contenders import bytes_kept
@@ -23,8 +24,9 @@ def abstract(shape, dtype):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("activation", [None, jax.nn.silu])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, "float64", "complex64", "complex128"])
 @pytest.mark.parametrize(("shape", "num_groups"), SHAPES)
 def test_the_function_keeps_x_and_little_more(shape, num_groups, dtype, activation):
     x, channels = abstract(shape, dtype), abstract(shape[-1:], "float32")
@@ -33,8 +35,22 @@ def test_the_function_keeps_x_and_little_more(shape, num_groups, dtype, activati
         return jgn.group_norm(x, num_groups, scale, bias, activation=activation)
 
     x_bytes = x.size * x.dtype.itemsize
-    kept = bytes_kept(normalized, x, channels, channels)
+    with jax.enable_x64(dtype in ("float64", "complex128")):
+        kept = bytes_kept(normalized, x, channels, channels)
     # Fewer bytes than x's own would mean that this counts wrongly.
+    assert x_bytes <= kept <= 1.02 * x_bytes
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices; a CPU simulates them")
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_on_a_mesh_it_keeps_no_more(dtype, axis_type):
+    mesh = jax.make_mesh((2,), ("a",), (axis_type,), devices=jax.devices()[:2])
+    shape, spec = (4, 28, 28, 128), PartitionSpec(None, "a")
+    x = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+    with jax.set_mesh(mesh):
+        kept = bytes_kept(lambda x: jgn.group_norm(x, 32, activation=jax.nn.silu), x)
+    x_bytes = x.size * x.dtype.itemsize
     assert x_bytes <= kept <= 1.02 * x_bytes
 
 

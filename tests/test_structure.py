@@ -49,7 +49,7 @@ def moves_of(jaxpr, size):
 
 def jaxprs(x, num_groups, layout, masked):
     """Of the forward pass, and of forward and backward together."""
-    mask = np.ones((4, *[1] * (x.ndim - 1)), bool) if masked else None
+    mask = np.ones((len(x), *[1] * (x.ndim - 1)), bool) if masked else None
     options = {"channel_axis": CHANNEL_AXIS[layout], "mask": mask, "activation": jax.nn.silu}
 
     def normalized(x):
@@ -71,6 +71,13 @@ def test_elsewhere_x_is_never_reshaped(layout, num_groups, masked, traced_for):
     forward, both = jaxprs(x, num_groups, layout, masked)
     assert sum(1 for _ in equations(both)) > sum(1 for _ in equations(forward)) > 10
     assert moves_of(both, x.size) == []
+
+
+def test_it_has_no_more_operations_than_it_had(traced_for):
+    """To trace and to lower them takes time in proportion."""
+    traced_for("cpu")
+    _, both = jaxprs(random((8, 28, 28, 128)), 32, "channels last", masked=False)
+    assert sum(1 for _ in equations(both)) <= 320
 
 
 @LAYOUT
