@@ -13,6 +13,9 @@ from jax import export
 from oracle import Oracle, moment_roundoff, promised, tolerance, unit_roundoff, wide
 
 import jgn
+from jgn._axes import resolve_axes
+from jgn._group_norm import positions_of
+from jgn._moments import STRIDE
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 EVERY_DTYPE = pytest.mark.parametrize("dtype", FLOATING)
@@ -293,12 +296,25 @@ def test_a_narrower_output_narrows_no_statistics():
         assert_values(y, Oracle(x, 2), "float32", 64)
 
 
+def sampled(row, column):
+    """Which of 64×128 positions a CPU samples for the shift."""
+    return (row % 16 == 7) & (column % 3 == 0) & (column >= 15) & (column <= 111)
+
+
+def test_the_adversaries_know_the_sample(traced_for):
+    traced_for("cpu")
+    numbers = np.broadcast_to(np.arange(64.0 * 128).reshape(1, 64, 128, 1), (1, 64, 128, 4))
+    axes = resolve_axes(4, -1, None)
+    sample = positions_of(numbers, axes, numbers.dtype).sample(numbers, STRIDE, multiple_of=3)
+    row, column = np.indices((64, 128))
+    assert np.array_equal(np.unique(sample), numbers[0, ..., 0][sampled(row, column)])
+
+
 def adversaries():
     """Outliers where a sample of the group's elements might be taken, in samples of their own."""
     height, width, channels = 64, 128, 4
     noise = random((height, width, channels), 0, 0, 1)
     row, column, channel = np.indices(noise.shape)
-    sampled = (row % 16 == 7) & (column % 3 == 0) & (column >= 15) & (column <= 111)
     first = {
         "first element": (row == 0) & (column == 0) & (channel == 0),
         "first position": (row == 0) & (column == 0),
@@ -309,8 +325,8 @@ def adversaries():
         "one position in 64 by rows": (column * height + row) % 64 == 0,
         "one in 8 by 8": (row % 8 == 0) & (column % 8 == 0),
         "last row": row == height - 1,
-        "the sample of jgn": sampled,
-        "two thirds of it": sampled & (column < 79),
+        "the sample of jgn": sampled(row, column),
+        "two thirds of it": sampled(row, column) & (column < 79),
     }
     outliers = [
         np.where(where, size, noise) for where in first.values() for size in (1e2, 1e4, -1e7)
@@ -335,6 +351,7 @@ def test_no_placement_of_outliers_breaks_the_bound_on_the_variance(channel_axis)
     )
     errors = np.abs(y - wanted).max((1, 2, 3)) / scale
     assert errors.max() <= bound, dict(zip(names, errors, strict=True))
+    assert errors.max() <= 6e-5, "README gives this as the worst that was found"
 
     pivot = x[:, :1, :1, :1]
     mean = (x - pivot).mean((1, 2, 3), keepdims=True)
