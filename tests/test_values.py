@@ -261,8 +261,9 @@ def test_a_mean_of_a_million_deviations_costs_no_digits(num_groups):
     assert error(textbook, oracle.y)[-1] > 1e-2, "E[x²] − E[x]² is no match"
 
 
-@pytest.mark.parametrize("placed", [np.asarray, on_a_mesh])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("masked", "placed"), [(False, np.asarray), (True, np.asarray), (True, on_a_mesh)]
+)
 @pytest.mark.parametrize(
     ("shape", "options"),
     [
