@@ -3,10 +3,14 @@
 import json
 import os
 
+import jax
 import pytest
 
 from jgn.examples import batch_size
 from jgn.examples.batch_size import main, settings
+from jgn.examples.batch_size import test_errors as errors_of_training
+from jgn.examples.digits import load
+from jgn.examples.digits.data import Digits
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +29,17 @@ def no_training(monkeypatch):
 
 def arguments(out, epochs=2, seeds=2):
     return ["--out", str(out), "--epochs", str(epochs), "--seeds", str(seeds)]
+
+
+def test_each_seed_learns_in_its_own_way():
+    train, test = load()
+    few = Digits(train.images[:512], train.labels[:512])
+    options = {"epochs": 6, "seeds": 2, "batch_size": 32, "norm": "none", "groups": 4}
+    with jax.numpy_dtype_promotion("standard"):  # As optax needs.
+        epochs = list(errors_of_training(few, test, **options))
+    assert [len(errors) for errors in epochs] == [2] * 6
+    assert max(epochs[-1]) < 0.5 < min(epochs[0]), "by chance it is 0.9"
+    assert epochs[-1][0] != epochs[-1][1]
 
 
 def test_every_setting_is_trained_once_and_written(tmp_path, no_training):
