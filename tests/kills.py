@@ -100,9 +100,9 @@ def main() -> int:
         printed_epochs: set[int] = set()
         kills = damages = refusals = restarts = seen = 0
         damaged = None
-        while kills < options.kills:
+        while kills < options.kills or damaged:
             before = finished_epochs(disturbed)
-            if kills % 3 == 2 and not damaged:
+            if kills < options.kills and kills % 3 == 2 and not damaged:
                 damaged = truncate_a_file(disturbed, generator)
                 damages += damaged is not None
             once_it_learns = generator.random() < 0.5
