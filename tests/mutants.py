@@ -900,6 +900,13 @@ MUTANTS = (
         ("structure",),
     ),
     Mutant(
+        "the two sums of parts exchanged",
+        "_parts.py",
+        "self.pair(*map(self._part.sum, (u, v)))",
+        "self.pair(*map(self._part.sum, (v, u)))",
+        ("groups",),
+    ),
+    Mutant(
         "all positions at once on a GPU",
         "_parts.py",
         "self._part = _part(x, axes)",

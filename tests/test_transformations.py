@@ -15,7 +15,7 @@ from jax.experimental import checkify
 
 import jgn
 
-SHAPE, GROUPS = (4, 16, 6, 8), 2  # For a CPU blocks of 16, for a GPU parts of 48.
+SHAPE, GROUPS = (4, 16, 6, 8), 2  # On a CPU blocks of 16, on a GPU parts of 32.
 X = jnp.asarray(np.random.default_rng(0).normal(1, 2, SHAPE), jnp.float32)
 TANGENT = jnp.asarray(np.random.default_rng(1).normal(size=SHAPE), jnp.float32)
 SCALE = jnp.linspace(0.5, 2, SHAPE[-1])

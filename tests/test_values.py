@@ -273,7 +273,9 @@ def test_a_mean_of_a_million_deviations_costs_no_digits(num_groups):
         ((2, 24, 1009), {"channel_axis": 1}),
     ],
 )
-def test_nor_in_any_layout_nor_under_a_mask_nor_on_a_mesh(shape, options, masked, placed):
+def test_a_large_mean_costs_no_digits_in_any_layout_masked_or_on_a_mesh(
+    shape, options, masked, placed
+):
     x, cotangent = random(shape, mean=2e6), random(shape, 1)
     if masked:
         options = {**options, "mask": np.random.default_rng(4).random(shape) < 0.7}
