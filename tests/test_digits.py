@@ -1,7 +1,9 @@
 """The digits example: it learns, goes on to the bit where it was stopped, and loses nothing."""
 
+import asyncio
 import contextlib
 import errno
+import gc
 import importlib.util
 import io
 import json
@@ -471,6 +473,21 @@ def test_a_file_system_without_room_keeps_the_epochs_before(tmp_path, uninterrup
     assert len(finished(kept).history) == 1
     assert run(kept).returncode == 0
     assert_same_end(kept, uninterrupted)
+
+
+def test_what_else_failed_in_a_save_is_not_told(tmp_path, monkeypatch, caplog):
+    """By asyncio, some time later, if more than one of the files finds no room."""
+
+    async def fails_twice():
+        asyncio.get_running_loop().create_future().set_exception(OSError("another"))
+        raise OSError("the first")
+
+    with Run(tmp_path, SETTINGS) as directory:
+        monkeypatch.setattr(directory._manager, "save", lambda *_, **__: asyncio.run(fails_twice()))
+        with pytest.raises(RunError, match="the first"):
+            directory.save(Finished(linear_state(), [{}]))
+        gc.collect()
+    assert not caplog.records
 
 
 def by_its_mode(out, _):

@@ -47,7 +47,8 @@ class Run:
         try:
             self._claim(settings)
             (self.directory / "checkpoints").mkdir(exist_ok=True)  # orbax goes on with a file.
-            logging.getLogger("absl").setLevel(logging.CRITICAL)  # It comes as exceptions, too.
+            for logger in ("absl", "asyncio"):  # What they tell comes as an exception, too.
+                logging.getLogger(logger).setLevel(logging.CRITICAL)
             self._manager = ocp.CheckpointManager(
                 self.directory / "checkpoints",
                 options=ocp.CheckpointManagerOptions(
