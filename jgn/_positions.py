@@ -11,9 +11,9 @@ from jax import Array, lax
 from jgn._axes import Axes, divisors
 from jgn._devices import devices_of_a_sample, is_traced_for, partitions
 
-# Along the last spatial axis a sample skips so many positions at most before it skips along others.
-# With all from one row, a row unlike the others would decide.
-LAST_STRIDE = 4
+# Along later spatial axes a sample skips so many positions at most before it skips along earlier
+# ones. With all from one row or plane, one unlike the others would decide.
+LATER_STRIDE = 4
 
 
 class Positions:
@@ -103,9 +103,12 @@ class Positions:
         last = _last_of_several_positions(axes, x.shape)
         slices = [slice(0, size, 1) for size in x.shape]
         for axis in axes:
-            size, later = x.shape[axis], 1
-            if axis < last:
-                later = _evenly_spaced(x.shape[last], LAST_STRIDE, devices).step
+            size = x.shape[axis]
+            later = math.prod(
+                _evenly_spaced(x.shape[other], LATER_STRIDE, devices).step
+                for other in axes
+                if axis < other <= last
+            )
             multiple = multiple_of if axis == last else 1
             taken = _evenly_spaced(size, max(1, one_in // later), devices, multiple)
             slices[axis] = taken
@@ -161,10 +164,19 @@ def _evenly_spaced(size: int, one_in: int, devices: int, multiple_of: int = 1) -
         number = math.ceil(size / one_in)
         multiple = math.ceil(number / multiple_of) * multiple_of
         number = multiple if multiple <= size else number
-        stride = size // number
+        stride = _coprime_to_periods(size // number, (size - 1) // max(1, number - 1))
         start = (size - 1 - (number - 1) * stride) // 2
         return slice(start, start + (number - 1) * stride + 1, stride)
     # From the first on, strides that divide what each device has move nothing between devices.
     on_each = size // math.gcd(size, devices)
     stride = max(stride for stride in divisors(on_each) if stride <= one_in)
     return slice(0, size, size if size <= one_in else stride)
+
+
+def _coprime_to_periods(stride: int, largest: int) -> int:
+    """The nearest stride that takes every phase of what repeats every 2, 3, 4, 6, 8, … positions.
+
+    A small one stays as it is: what a few phases of a short period decide is not far off.
+    """
+    near = (stride, stride + 1, stride - 1, stride - 2, stride - 3)
+    return next((s for s in near if s % 2 and s % 3 and 5 <= s <= largest), stride)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+import jgn
 from jgn._axes import resolve_axes
 
 # Rank 1 has no batch axis; an axis in the middle of reduction_axes is one of the batch.
@@ -74,6 +75,17 @@ def random(shape, seed=0, mean=1.0, deviation=2.0, dtype="float32"):
     if jnp.issubdtype(dtype, jnp.complexfloating):
         values = values + 1j * np.random.default_rng(seed + 100).normal(5, deviation / 4, shape)
     return values.astype(jnp.dtype(dtype))
+
+
+def value_and_gradient_of(num_groups, **options):
+    """A compiled function of x and a cotangent of y, which gives y and the gradient of x."""
+
+    @jax.jit
+    def value_and_gradient(x, cotangent):
+        y, vjp = jax.vjp(lambda x: jgn.group_norm(x, num_groups, **options), x)
+        return y, vjp(cotangent)[0]
+
+    return value_and_gradient
 
 
 def on_a_mesh(x):

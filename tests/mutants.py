@@ -266,9 +266,23 @@ MUTANTS = (
     Mutant(
         "a sample from as few rows as possible",
         "_positions.py",
-        "LAST_STRIDE = 4\n",
-        "LAST_STRIDE = 1\n",
+        "LATER_STRIDE = 4\n",
+        "LATER_STRIDE = 1\n",
         ("groups",),
+    ),
+    Mutant(
+        "a sample from as few planes as possible",
+        "_positions.py",
+        "if axis < other <= last",
+        "if axis < other == last",
+        ("values",),
+    ),
+    Mutant(
+        "a sample of one phase of a pattern",
+        "_positions.py",
+        "if s % 2 and s % 3 and 5 <= s <= largest",
+        "if s == stride",
+        ("values",),
     ),
     Mutant(
         "the output around the sample's mean",

@@ -9,7 +9,7 @@ import os
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import batch_shape, members, on_a_mesh, random
+from cases import batch_shape, members, on_a_mesh, random, value_and_gradient_of
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from oracle import Oracle, promised, tolerance, unit_roundoff, wide
@@ -199,15 +199,6 @@ def test_positions_and_the_channels_of_a_group_may_be_permuted(call, generator):
         assert_close(actual, np.take(wide(y), order, axis), np.take(error, order, axis))
 
 
-def value_and_gradient_of(num_groups, options):
-    @jax.jit
-    def value_and_gradient(x, cotangent):
-        y, vjp = jax.vjp(lambda x: jgn.group_norm(x, num_groups, **options), x)
-        return y, vjp(cotangent)[0]
-
-    return value_and_gradient
-
-
 @given(calls(), st.randoms(use_true_random=False))
 def test_samples_and_groups_are_independent(call, generator):
     x, num_groups, options = call
@@ -217,7 +208,7 @@ def test_samples_and_groups_are_independent(call, generator):
     own = group_of == generator.choice(np.unique(group_of).tolist())
     assume(not own.all())
     with jax.enable_x64(x.dtype in ("float64", "complex128")):
-        function = value_and_gradient_of(num_groups, options)
+        function = value_and_gradient_of(num_groups, **options)
         cotangent = random(x.shape, 1, 0, 1, x.dtype)
         clean = function(x, cotangent)
         changed = function(
@@ -234,7 +225,7 @@ def test_what_a_mask_leaves_out_is_irrelevant(call, junk):
     assume(0 < mask.sum() < mask.size)
     cotangent = np.where(mask, random(x.shape, 1, 0, 1, x.dtype), 0).astype(x.dtype)
     with jax.enable_x64(x.dtype in ("float64", "complex128")):
-        function = value_and_gradient_of(num_groups, options)
+        function = value_and_gradient_of(num_groups, **options)
         clean = function(np.where(mask, x, 0).astype(x.dtype), cotangent)
         dirty = function(np.where(mask, x, junk).astype(x.dtype), cotangent)
     for actual, expected in zip(dirty, clean, strict=True):
