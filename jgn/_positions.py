@@ -8,12 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jgn._axes import Axes, divisors
+from jgn._axes import Axes
 from jgn._devices import devices_of_a_sample, is_traced_for, partitions
-
-# Along later spatial axes a sample skips so many positions at most before it skips along earlier
-# ones. With all from one row or plane, one unlike the others would decide.
-LATER_STRIDE = 4
+from jgn._sample import last_of_several, sample_of
 
 
 class Positions:
@@ -96,25 +93,12 @@ class Positions:
         Along the last of several positions they are a multiple of this number, if there are enough.
         """
         # Slices of an explicitly sharded axis must divide evenly.
-        axes = [a for a in self._axes.spatial if partitions(x, a) == 1]
-        if not axes:
-            return x
-        devices = devices_of_a_sample(x, self._axes)
-        last = _last_of_several_positions(axes, x.shape)
+        axes = [axis for axis in self._axes.spatial if partitions(x, axis) == 1]
+        sizes = [x.shape[axis] for axis in axes]
         slices = [slice(0, size, 1) for size in x.shape]
-        for axis in axes:
-            size = x.shape[axis]
-            later = math.prod(
-                _evenly_spaced(x.shape[other], LATER_STRIDE, devices).step
-                for other in axes
-                if axis < other <= last
-            )
-            multiple = multiple_of if axis == last else 1
-            taken = _evenly_spaced(size, max(1, one_in // later), devices, multiple)
+        devices = devices_of_a_sample(x, self._axes)
+        for axis, taken in zip(axes, sample_of(sizes, one_in, devices, multiple_of), strict=True):
             slices[axis] = taken
-            # A step that does not divide the size takes fewer than one position a step.
-            known = isinstance(size, int)
-            one_in = one_in * len(range(size)[taken]) // size if known else one_in // taken.step
         return lax.slice(x, *zip(*((s.start, s.stop, s.step) for s in slices), strict=True))
 
     def in_thirds(self, sample: Array) -> tuple["Positions", Array, int] | None:
@@ -124,7 +108,8 @@ class Positions:
         """
         if not self._axes.spatial:
             return None
-        axis = _last_of_several_positions(self._axes.spatial, self._shape)
+        spatial = self._axes.spatial
+        axis = spatial[last_of_several([self._shape[axis] for axis in spatial])]
         size = sample.shape[axis]
         if not isinstance(size, int) or size % 3:
             return None
@@ -148,35 +133,3 @@ def by_components(function: Callable[..., Any], *arrays: Array) -> Any:
 
 def _stacked(*values: Array) -> Array:
     return jnp.stack(jnp.broadcast_arrays(*values))
-
-
-def _last_of_several_positions(axes: Sequence[int], shape: Sequence[int]) -> int:
-    """The last of some spatial axes; one that has fewer than 3 positions only if all have."""
-    several = [axis for axis in axes if not (isinstance(shape[axis], int) and shape[axis] < 3)]
-    return max(several or axes)
-
-
-def _evenly_spaced(size: int, one_in: int, devices: int, multiple_of: int = 1) -> slice:
-    """At least one in so many of an axis; on one device, as far from one end as from the other."""
-    if not isinstance(size, int):
-        return slice(0, size, one_in)  # A symbolic size is not known to be small.
-    if devices == 1:
-        number = math.ceil(size / one_in)
-        multiple = math.ceil(number / multiple_of) * multiple_of
-        number = multiple if multiple <= size else number
-        stride = _coprime_to_periods(size // number, (size - 1) // max(1, number - 1))
-        start = (size - 1 - (number - 1) * stride) // 2
-        return slice(start, start + (number - 1) * stride + 1, stride)
-    # From the first on, strides that divide what each device has move nothing between devices.
-    on_each = size // math.gcd(size, devices)
-    stride = max(stride for stride in divisors(on_each) if stride <= one_in)
-    return slice(0, size, size if size <= one_in else stride)
-
-
-def _coprime_to_periods(stride: int, largest: int) -> int:
-    """The nearest stride that takes every phase of what repeats every 2, 3, 4, 6, 8, … positions.
-
-    A small one stays as it is: what a few phases of a short period decide is not far off.
-    """
-    near = (stride, stride + 1, stride - 1, stride - 2, stride - 3)
-    return next((s for s in near if s % 2 and s % 3 and 5 <= s <= largest), stride)

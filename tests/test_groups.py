@@ -1,4 +1,4 @@
-"""Sums over positions and groups, their way back, and the sample, each compiled alone."""
+"""Sums over positions and groups, their way back, and the shifts, each compiled alone."""
 
 import math
 
@@ -190,49 +190,6 @@ def test_the_count_is_that_of_the_mask(shape, num_groups, options):
     counted = np.broadcast_to(positions.along(masked), shape)
     np.testing.assert_array_equal(counted, np.maximum(wanted, 1))
     assert float(number(None)) == np.bincount(of_group.ravel())[0]
-
-
-@pytest.mark.parametrize("one_in", [1, 2, 64, 2**30])
-@pytest.mark.parametrize(
-    ("shape", "channel_axis"),
-    [
-        ((2, 56, 56, 8), -1),
-        ((2, 8, 7, 300), 1),
-        ((2, 100, 8), -1),
-        ((2, 3, 5, 65, 8), -1),
-        # Strides that no size is a multiple of, along several axes.
-        ((2, 17, 128, 8), -1),
-        ((2, 17, 43, 40, 8), -1),
-    ],
-)
-def test_the_sample_has_one_in_so_many_positions_of_every_channel(shape, channel_axis, one_in):
-    x = jax.numpy.asarray(random(shape))
-    sample = parts_of(x, 4, channel_axis)[0].sample(x, one_in)
-    positions, sampled = (math.prod(s) // (2 * 8) for s in (shape, sample.shape))
-    assert sample.shape[0] == 2
-    assert sample.shape[channel_axis] == 8
-    assert positions / one_in <= sampled
-    if one_in > positions:
-        assert sampled == 1
-    # A stride can be cut short by the size of its axis, by less than half each.
-    assert sampled <= max(1, 4 * positions / one_in)
-
-
-@pytest.mark.parametrize("channel_axis", [-1, 1])
-def test_the_sample_comes_from_all_over_but_not_from_the_borders(channel_axis):
-    height, width = 56, 64
-    numbered = np.arange(height * width).reshape(height, width, 1)
-    image = np.moveaxis(np.broadcast_to(numbered, (2, height, width, 8)), -1, channel_axis)
-    image = jax.numpy.asarray(image)
-    sample = parts_of(image, 4, channel_axis)[0].sample(image, 64)
-    for places, size in zip(
-        np.unravel_index(sample, (height, width)), (height, width), strict=True
-    ):
-        kept = np.unique(places)
-        assert len(kept) >= 4
-        before, after = kept[0], size - 1 - kept[-1]
-        assert before >= 1
-        assert abs(before - after) <= 1
 
 
 @pytest.mark.parametrize(("shape", "num_groups"), [((500, 5, 8, 8), 8), ((500, 9, 40), 10)])

@@ -1,0 +1,98 @@
+"""A sample has at least as many positions as asked, from all over, and every phase of a pattern."""
+
+import itertools
+import math
+
+import jax
+import numpy as np
+import pytest
+from cases import random
+
+from jgn._axes import resolve_axes
+from jgn._group_norm import positions_of
+from jgn._sample import sample_of
+
+
+def positions_in(x, channel_axis):
+    return positions_of(x, resolve_axes(x.ndim, channel_axis, None), x.dtype)
+
+
+@pytest.mark.parametrize("one_in", [1, 2, 64, 2**30])
+@pytest.mark.parametrize(
+    ("shape", "channel_axis"),
+    [
+        ((2, 56, 56, 8), -1),
+        ((2, 8, 7, 300), 1),
+        ((2, 100, 8), -1),
+        ((2, 3, 5, 65, 8), -1),
+        # Strides that no size is a multiple of, along several axes.
+        ((2, 17, 128, 8), -1),
+        ((2, 17, 43, 40, 8), -1),
+    ],
+)
+def test_the_sample_has_one_in_so_many_positions_of_every_channel(shape, channel_axis, one_in):
+    x = jax.numpy.asarray(random(shape))
+    sample = positions_in(x, channel_axis).sample(x, one_in)
+    positions, sampled = (math.prod(s) // (2 * 8) for s in (shape, sample.shape))
+    assert sample.shape[0] == 2
+    assert sample.shape[channel_axis] == 8
+    assert positions / one_in <= sampled
+    if one_in > positions:
+        assert sampled == 1
+    # A stride can be cut short by the size of its axis, by less than half each.
+    assert sampled <= max(1, 4 * positions / one_in)
+
+
+@pytest.mark.parametrize("channel_axis", [-1, 1])
+def test_the_sample_comes_from_all_over_but_not_from_the_borders(channel_axis):
+    height, width = 56, 64
+    numbered = np.arange(height * width).reshape(height, width, 1)
+    image = np.moveaxis(np.broadcast_to(numbered, (2, height, width, 8)), -1, channel_axis)
+    image = jax.numpy.asarray(image)
+    sample = positions_in(image, channel_axis).sample(image, 64)
+    for places, size in zip(
+        np.unravel_index(sample, (height, width)), (height, width), strict=True
+    ):
+        kept = np.unique(places)
+        assert len(kept) >= 4
+        before, after = kept[0], size - 1 - kept[-1]
+        assert before >= 1
+        assert abs(before - after) <= 1
+
+
+def taken_of(sizes, one_in, devices=1, multiple_of=1):
+    slices = sample_of(sizes, one_in, devices, multiple_of)
+    return [range(size)[taken] for size, taken in zip(sizes, slices, strict=True)]
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_one_in_so_many_are_enough_of_every_size(devices):
+    sizes = [(size,) for size in range(1, 300)]
+    sizes += itertools.product(range(1, 40), repeat=2)
+    sizes += itertools.product(range(1, 10), repeat=3)
+    for each, one_in, multiple_of in itertools.product(sizes, (1, 6, 17, 64), (1, 3)):
+        taken = taken_of(each, one_in, devices, multiple_of)
+        assert math.prod(map(len, taken)) * one_in >= math.prod(each), each
+
+
+@pytest.mark.parametrize("size", [12, 14, 16, 20, 25])
+def test_a_small_image_is_sampled_in_more_than_one_row_and_column(size):
+    rows, columns = taken_of((size, size), 64, multiple_of=3)
+    assert len(rows) >= 2
+    assert len(columns) >= 3
+
+
+@pytest.mark.parametrize("sizes", [(16, 32, 32), (32, 64, 64), (8, 64, 64), (64, 8, 32)])
+def test_a_volume_is_sampled_along_every_axis(sizes):
+    for size, taken in zip(sizes, taken_of(sizes, 64, multiple_of=3), strict=True):
+        assert len(taken) >= min(size, 16) / 4
+
+
+def test_every_phase_of_a_pattern_is_as_frequent_as_any_other():
+    for size, one_in in itertools.product(range(10, 300), (5, 6, 10, 16, 33, 64)):
+        (taken,) = taken_of((size,), one_in)
+        if taken.step < 5:
+            continue  # Too small to leave much out.
+        for period in (2, 4, 8, 16):
+            frequent = np.bincount(np.array(taken) % period, minlength=period)
+            assert frequent.max() - frequent.min() <= 1, (size, taken, period)
