@@ -275,14 +275,14 @@ MUTANTS = (
         "_sample.py",
         "in sizes[axis + 1 : last + 1]",
         "in sizes[max(axis + 1, last) : last + 1]",
-        ("values",),
+        ("sample",),
     ),
     Mutant(
         "a sample of one phase of a pattern",
         "_sample.py",
         "key=lambda s: (s % 2 == 0, s % 3 == 0)",
         "key=lambda s: abs(s - stride)",
-        ("values",),
+        ("sample",),
     ),
     Mutant(
         "the output around the sample's mean",
