@@ -10,7 +10,8 @@ from typing import Any
 
 from jgn._axes import divisors
 
-# Along later axes so many positions are skipped at most before more are along earlier ones.
+# Along later axes so many positions are skipped at most before more are along earlier ones. (Where
+# one in 6 is enough, most strides are 5, which has no factor in common with most periods.)
 LATER_STRIDE = 6
 
 
@@ -19,13 +20,13 @@ def sample_of(sizes: Sequence[Any], one_in: int, devices: int, multiple_of: int 
 
     Along the last of several positions they take a multiple of this number, if there are enough.
     """
-    last = last_of_several(sizes) if sizes else 0
+    last = last_of_several(sizes)
     slices = []
     for axis, size in enumerate(sizes):
         without_later = one_in
-        for later in sizes[axis + 1 : last + 1]:
-            taken = _evenly_spaced(later, LATER_STRIDE, devices)
-            without_later = _one_in_of_others(without_later, later, taken)
+        for later_size in sizes[axis + 1 : last + 1]:
+            taken = _evenly_spaced(later_size, LATER_STRIDE, devices)
+            without_later = _one_in_of_others(without_later, later_size, taken)
         taken = _evenly_spaced(size, without_later, devices, multiple_of if axis == last else 1)
         one_in = _one_in_of_others(one_in, size, taken)
         slices.append(taken)
@@ -53,7 +54,7 @@ def _evenly_spaced(size: Any, one_in: int, devices: int, multiple_of: int = 1) -
         number = math.ceil(size / one_in)
         multiple = math.ceil(number / multiple_of) * multiple_of
         number = multiple if multiple <= size else number
-        stride = _coprime_to_periods(size, number)
+        stride = _stride_of(size, number)
         start = (size - 1 - (number - 1) * stride) // 2
         return slice(start, start + (number - 1) * stride + 1, stride)
     # From the first on, strides that divide what each device has move nothing between devices.
@@ -62,10 +63,11 @@ def _evenly_spaced(size: Any, one_in: int, devices: int, multiple_of: int = 1) -
     return slice(0, size, size if size <= one_in else stride)
 
 
-def _coprime_to_periods(size: int, number: int) -> int:
-    """A stride of so many positions that takes every phase of what repeats every 2, 4, 8, ….
+def _stride_of(size: int, number: int) -> int:
+    """How far apart so many positions of an axis are, for the sample to take all phases alike.
 
-    And every 3, 6, 12, …, if one is near. Small ones stay as they are: they miss few phases.
+    Of what repeats every 2, 4, 8, … positions, and if such a stride is near, of every 3, 6, 12, ….
+    Small strides stay as they are: they miss few phases.
     """
     stride = size // number
     largest = (size - 1 - stride // 2) // max(1, number - 1)
