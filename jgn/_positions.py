@@ -88,10 +88,7 @@ class Positions:
         return type(self)(x, self._axes)
 
     def sample(self, x: Array, one_in: int, multiple_of: int = 1) -> Array:
-        """At least one in so many positions of x, evenly spaced along its axes.
-
-        Along the last of several positions they are a multiple of this number, if there are enough.
-        """
+        """At least one in so many positions of x; `sample_of` says which."""
         # Slices of an explicitly sharded axis must divide evenly.
         axes = [axis for axis in self._axes.spatial if partitions(x, axis) == 1]
         sizes = [x.shape[axis] for axis in axes]
@@ -106,9 +103,9 @@ class Positions:
 
         The thirds are one more batch axis: which of these, is the last result.
         """
-        if not self._axes.spatial:
-            return None
         spatial = self._axes.spatial
+        if not spatial:
+            return None
         axis = spatial[last_of_several([self._shape[axis] for axis in spatial])]
         size = sample.shape[axis]
         if not isinstance(size, int) or size % 3:

@@ -1,4 +1,4 @@
-"""Which positions are a sample: few, from all over, and not what lies along a border.
+"""Which positions are a sample: from all over, and where every third or fewer, none at a border.
 
 What is unlike the rest of an image is often a row, a plane or a frame, or repeats every 2, 4 or 8
 positions. A sample of nothing else would have a mean far from that of the whole.

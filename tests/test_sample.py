@@ -75,6 +75,14 @@ def test_one_in_so_many_are_enough_of_every_size(devices):
         assert math.prod(map(len, taken)) * one_in >= math.prod(each), each
 
 
+def test_where_every_third_or_fewer_are_taken_none_is_at_a_border():
+    for size, one_in, multiple_of in itertools.product(range(1, 300), (3, 6, 17, 64), (1, 3)):
+        (taken,) = taken_of((size,), one_in, 1, multiple_of)
+        if taken.step >= 3:
+            assert taken[0] >= 1, (size, taken)
+            assert taken[-1] <= size - 2, (size, taken)
+
+
 @pytest.mark.parametrize("size", [12, 14, 16, 20, 25])
 def test_a_small_image_is_sampled_in_more_than_one_row_and_column(size):
     rows, columns = taken_of((size, size), 64, multiple_of=3)
