@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jgn._axes import Axes
-from jgn._devices import devices_of_a_sample, is_traced_for, partitions
-from jgn._sample import last_of_several, sample_of
+from jgn._devices import automatic_devices, devices_of_a_sample, is_traced_for, partitions
+from jgn._sample import Side, last_of_several, sample_of
 
 
 class Positions:
@@ -89,12 +89,10 @@ class Positions:
 
     def sample(self, x: Array, one_in: int, multiple_of: int = 1) -> Array:
         """At least one in so many positions of x; `sample_of` says which."""
-        # Slices of an explicitly sharded axis must divide evenly.
-        axes = [axis for axis in self._axes.spatial if partitions(x, axis) == 1]
-        sizes = [x.shape[axis] for axis in axes]
+        spatial, devices = self._axes.spatial, automatic_devices(x)
+        sides = [Side(x.shape[axis], partitions(x, axis), devices) for axis in spatial]
         slices = [slice(0, size, 1) for size in x.shape]
-        devices = devices_of_a_sample(x, self._axes)
-        for axis, taken in zip(axes, sample_of(sizes, one_in, devices, multiple_of), strict=True):
+        for axis, taken in zip(spatial, sample_of(sides, one_in, multiple_of), strict=True):
             slices[axis] = taken
         return lax.slice(x, *zip(*((s.start, s.stop, s.step) for s in slices), strict=True))
 
@@ -108,7 +106,7 @@ class Positions:
             return None
         axis = spatial[last_of_several([self._shape[axis] for axis in spatial])]
         size = sample.shape[axis]
-        if not isinstance(size, int) or size % 3:
+        if size % 3:
             return None
         shape = (*sample.shape[:axis], 3, size // 3, *sample.shape[axis + 1 :])
         axes = self._axes.split(axis)

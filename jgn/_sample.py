@@ -6,29 +6,55 @@ positions. A sample of nothing else would have a mean far from that of the whole
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+from jax.core import min_dim
 
 from jgn._axes import divisors
 
 # Along later axes so many positions are skipped at most before more are along earlier ones. (Where
-# one in 6 is enough, most strides are 5, which has no factor in common with most periods.)
-LATER_STRIDE = 6
+# one in 6 is enough, most strides are 5, which has no factor in common with most periods. What each
+# device has of an axis is mostly a multiple of 7 or 8 positions, but seldom of fewer.)
+LATER_STRIDE, LATER_STRIDE_OF_SHARED = 6, 8
+# Axes are seldom split over more devices. Where they are, some of the sample travels.
+MOST_SHARES = 8
 
 
-def sample_of(sizes: Sequence[Any], one_in: int, devices: int, multiple_of: int = 1) -> list[slice]:
-    """Slices of axes of these sizes, which take at least one in so many positions, evenly spaced.
+class Side(NamedTuple):
+    """How many positions there are along an axis, an int or symbolic, and what devices have them.
 
-    Along the last of several positions they take a multiple of this number, if there are enough.
+    So many partitions are on different devices, each of which so many more may split.
     """
-    last = last_of_several(sizes)
+
+    positions: Any
+    partitions: int = 1
+    devices: int = 1
+
+    @property
+    def shares(self) -> int:
+        """In how many equal parts each device has one or several whole ones."""
+        if not isinstance(self.positions, int):
+            return 1
+        of_a_partition = math.gcd(self.positions // self.partitions, self.devices)
+        return self.partitions * max(s for s in divisors(of_a_partition) if s <= MOST_SHARES)
+
+
+def sample_of(sides: Sequence[Side], one_in: int, multiple_of: int = 1) -> list[slice]:
+    """Slices of these axes, which take at least one in so many positions, evenly spaced.
+
+    Along the last of several positions they take a multiple of this number, if there are enough and
+    no devices may share them.
+    """
+    last = last_of_several([side.positions for side in sides])
     slices = []
-    for axis, size in enumerate(sizes):
+    for axis, side in enumerate(sides):
         without_later = one_in
-        for later_size in sizes[axis + 1 : last + 1]:
-            taken = _evenly_spaced(later_size, LATER_STRIDE, devices)
-            without_later = _one_in_of_others(without_later, later_size, taken)
-        taken = _evenly_spaced(size, without_later, devices, multiple_of if axis == last else 1)
-        one_in = _one_in_of_others(one_in, size, taken)
+        for later in sides[axis + 1 : last + 1]:
+            stride = LATER_STRIDE if later.shares == 1 else LATER_STRIDE_OF_SHARED
+            taken = _evenly_spaced(later, stride)
+            without_later = _one_in_of_others(without_later, later, taken)
+        taken = _evenly_spaced(side, without_later, multiple_of if axis == last else 1)
+        one_in = _one_in_of_others(one_in, side, taken)
         slices.append(taken)
     return slices
 
@@ -39,28 +65,40 @@ def last_of_several(sizes: Sequence[Any]) -> int:
     return max(several, default=len(sizes) - 1)
 
 
-def _one_in_of_others(one_in: int, size: Any, taken: slice) -> int:
+def _one_in_of_others(one_in: int, side: Side, taken: slice) -> int:
     """One in how many positions of the other axes is enough, once so many of this one are taken."""
     # A step that does not divide the size takes fewer than one position a step.
+    size = side.positions
     known = isinstance(size, int)
     return max(1, one_in * len(range(size)[taken]) // size if known else one_in // taken.step)
 
 
-def _evenly_spaced(size: Any, one_in: int, devices: int, multiple_of: int = 1) -> slice:
+def _evenly_spaced(side: Side, one_in: int, multiple_of: int = 1) -> slice:
     """At least one in so many of an axis; on one device, as far from one end as from the other."""
-    if not isinstance(size, int):
-        return slice(0, size, one_in)  # A symbolic size is not known to be small.
-    if devices == 1:
-        number = math.ceil(size / one_in)
-        multiple = math.ceil(number / multiple_of) * multiple_of
-        number = multiple if multiple <= size else number
-        stride = _stride_of(size, number)
-        start = (size - 1 - (number - 1) * stride) // 2
-        return slice(start, start + (number - 1) * stride + 1, stride)
-    # From the first on, strides that divide what each device has move nothing between devices.
-    on_each = size // math.gcd(size, devices)
-    stride = max(stride for stride in divisors(on_each) if stride <= one_in)
-    return slice(0, size, size if size <= one_in else stride)
+    size = side.positions
+    if not isinstance(size, int):  # It is not known to be small.
+        stride = one_in - 1 if one_in % 2 == 0 else one_in
+        # JAX wants to see that the first one is not beyond the last.
+        return slice(min_dim(size - 1, (size - 1) % stride // 2), size, stride)
+    if side.shares > 1:
+        return _shared(side, one_in)
+    number = math.ceil(size / one_in)
+    multiple = math.ceil(number / multiple_of) * multiple_of
+    number = multiple if multiple <= size else number
+    stride = _stride_of(size, number)
+    start = (size - 1 - (number - 1) * stride) // 2
+    return slice(start, start + (number - 1) * stride + 1, stride)
+
+
+def _shared(side: Side, one_in: int) -> slice:
+    """As many of each device's share, so that none travels; or if one is enough, one of them."""
+    of_a_share = side.positions // side.shares
+    if side.positions <= one_in and side.partitions == 1:
+        return slice(of_a_share // 2, of_a_share // 2 + 1, 1)
+    stride = max(stride for stride in divisors(of_a_share) if stride <= one_in)
+    # Of patterns with this period most begin at 0, or in the middle.
+    start = stride // 3
+    return slice(start, side.positions - (stride - start) + 1, stride)
 
 
 def _stride_of(size: int, number: int) -> int:

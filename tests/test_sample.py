@@ -10,7 +10,7 @@ from cases import random
 
 from jgn._axes import resolve_axes
 from jgn._group_norm import positions_of
-from jgn._sample import sample_of
+from jgn._sample import Side, sample_of
 
 
 def positions_in(x, channel_axis):
@@ -61,11 +61,11 @@ def test_the_sample_comes_from_all_over_but_not_from_the_borders(channel_axis):
 
 
 def taken_of(sizes, one_in, devices=1, multiple_of=1):
-    slices = sample_of(sizes, one_in, devices, multiple_of)
+    slices = sample_of([Side(size, 1, devices) for size in sizes], one_in, multiple_of)
     return [range(size)[taken] for size, taken in zip(sizes, slices, strict=True)]
 
 
-@pytest.mark.parametrize("devices", [1, 2, 8])
+@pytest.mark.parametrize("devices", [1, 2, 8, 12, 512])
 def test_one_in_so_many_are_enough_of_every_size(devices):
     sizes = [(size,) for size in range(1, 300)]
     sizes += itertools.product(range(1, 40), repeat=2)
@@ -75,9 +75,10 @@ def test_one_in_so_many_are_enough_of_every_size(devices):
         assert math.prod(map(len, taken)) * one_in >= math.prod(each), each
 
 
-def test_where_every_third_or_fewer_are_taken_none_is_at_a_border():
+@pytest.mark.parametrize("devices", [1, 2, 8, 12, 512])
+def test_where_every_third_or_fewer_are_taken_none_is_at_a_border(devices):
     for size, one_in, multiple_of in itertools.product(range(1, 300), (3, 6, 17, 64), (1, 3)):
-        (taken,) = taken_of((size,), one_in, 1, multiple_of)
+        (taken,) = taken_of((size,), one_in, devices, multiple_of)
         if taken.step >= 3:
             assert taken[0] >= 1, (size, taken)
             assert taken[-1] <= size - 2, (size, taken)
@@ -104,3 +105,52 @@ def test_every_phase_of_a_pattern_is_as_frequent_as_any_other():
         for period in (2, 4, 8, 16):
             frequent = np.bincount(np.array(taken) % period, minlength=period)
             assert frequent.max() - frequent.min() <= 1, (size, taken, period)
+
+
+@pytest.mark.parametrize(
+    ("partitions", "devices"), [(1, 2), (1, 8), (2, 1), (8, 1), (12, 1), (2, 4)]
+)
+def test_of_what_devices_share_each_has_as_many(partitions, devices):
+    """So that none travel; of axes that are not known to be split, a single one may be enough."""
+    several = 0
+    for whole, one_in in itertools.product(range(1, 40), (1, 6, 17, 64)):
+        size = whole * partitions * devices
+        (taken_slice,) = sample_of([Side(size, partitions, devices)], one_in)
+        taken = np.arange(size)[taken_slice]
+        owners = taken // whole
+        if len(taken) == 1:
+            assert partitions == 1
+            assert size <= one_in
+            assert owners == 0
+        else:
+            several += 1
+            assert (np.bincount(owners) == len(taken) // (partitions * devices)).all()
+    assert several > 100
+
+
+@pytest.mark.parametrize("devices", [2, 8, 64, 512])
+@pytest.mark.parametrize(
+    "sizes", [(56, 56), (28, 28), (64, 64), (128, 128), (256, 256), (16, 64, 64), (1024,)]
+)
+def test_on_a_mesh_of_any_size_the_sample_is_small_and_from_all_over(sizes, devices):
+    taken = taken_of(sizes, 64, devices)
+    assert math.prod(map(len, taken)) <= math.prod(sizes) / 32
+    assert min(map(len, taken)) >= 4
+
+
+@pytest.mark.parametrize("symbolic", ["n, h, 8", "n, h, w, 8", "n, 8, h, w", "n, d, h, w, 8"])
+def test_of_symbolic_sizes_one_in_so_many_are_taken_evenly(symbolic):
+    channel_axis = symbolic.split(", ").index("8")
+    rank = symbolic.count(",") + 1
+    x = jax.ShapeDtypeStruct(jax.export.symbolic_shape(symbolic), "float32")
+    sampled = jax.export.export(jax.jit(lambda x: positions_in(x, channel_axis).sample(x, 64)))(x)
+    for sizes in itertools.product((1, 11, 12, 64), repeat=rank - 2):
+        shape = list(sizes)
+        shape.insert(channel_axis - 1, 8)
+        numbered = np.arange(math.prod(sizes)).reshape(sizes)
+        numbered = np.broadcast_to(np.expand_dims(numbered, channel_axis - 1), shape)[None]
+        sample = np.asarray(sampled.call(numbered.astype(np.float32))).astype(int)
+        places = np.unravel_index(np.unique(sample), sizes)
+        assert len(np.unique(sample)) * 64 >= math.prod(sizes)
+        for place, size in zip(places, sizes, strict=True):
+            assert abs(place.min() - (size - 1 - place.max())) <= 1

@@ -137,6 +137,25 @@ def test_values_and_gradients_equal_the_unsharded_ones_in_the_form_of_gpus(layou
 
 
 @AXIS_TYPES
+@pytest.mark.parametrize("spec", [P("a"), P(None, "a")])
+@pytest.mark.parametrize("size", [16, 32, 56, 64])
+def test_what_devices_share_is_sampled_away_from_its_borders(size, spec, axis_type):
+    mesh = mesh_of(axis_type, a=8)
+    image = np.random.default_rng(0).normal(3, 1, (8, size, size, 8)).astype(np.float32)
+    framed, first_row, moved_apart = (image.copy() for _ in range(3))
+    framed[:, [0, -1]] = framed[:, :, [0, -1]] = 0
+    first_row[:, 0] *= 30
+    moved_apart[:, np.arange(size) % 8 != 0] = moved_apart[:, :, np.arange(size) % 8 != 0] = 0
+    with jax.set_mesh(mesh):
+        for x in (framed, first_row, moved_apart):
+            y = jax.jit(lambda x: jgn.group_norm(x, 2))(
+                jax.device_put(x, NamedSharding(mesh, spec))
+            )
+            wanted = Oracle(x, 2).y
+            assert np.abs(y - wanted).max() <= 5e-7 * np.abs(wanted).max()
+
+
+@AXIS_TYPES
 @pytest.mark.parametrize("function", [normalized, x_gradient])
 @pytest.mark.parametrize("layout", ["batch", "channels", "batch and channels"])
 def test_whole_groups_on_a_device_need_no_collective(layout, function, axis_type):

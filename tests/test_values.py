@@ -439,21 +439,22 @@ def assert_every_group(x, num_groups, value_and_gradient):
     assert (error <= 1e-6 * oracle.gradient_terms(cotangent)).all()
 
 
+def moved_apart(spatial, period, mean):
+    """Images whose pixels were moved apart, with zeros between them, in every phase."""
+    phases = list(np.ndindex(*(period for _ in spatial)))
+    x = np.zeros((len(phases), *spatial, 4), np.float32)
+    for sample, phase in zip(x, phases, strict=True):
+        pixels = sample[tuple(slice(first, None, period) for first in phase)]
+        pixels[...] = random(pixels.shape, 0, mean, 1)
+    return x
+
+
 @pytest.mark.parametrize("period", [2, 3, 4, 6, 8, 12, 16])
 @pytest.mark.parametrize("spatial", [(64, 64), (56, 80), (100,), (1024,)])
 def test_a_pattern_costs_no_digits_whatever_its_phase(spatial, period):
-    """As of an image whose pixels were moved apart, with zeros between them.
-
-    Each sample of the batch has another phase.
-    """
-    phases = list(np.ndindex(*(period for _ in spatial)))
     value_and_gradient = value_and_gradient_of(2)
     for mean in (0, 1, 100):
-        x = np.zeros((len(phases), *spatial, 4), np.float32)
-        for sample, phase in zip(x, phases, strict=True):
-            pixels = sample[tuple(slice(first, None, period) for first in phase)]
-            pixels[...] = random(pixels.shape, 0, mean, 1)
-        assert_every_group(x, 2, value_and_gradient)
+        assert_every_group(moved_apart(spatial, period, mean), 2, value_and_gradient)
 
 
 @pytest.mark.parametrize(
@@ -467,6 +468,12 @@ def test_a_plane_unlike_the_others_costs_no_digits_wherever_it_is(spatial):
         x = random((len(planes), *spatial, 4), 0, 0, 1)
         x[planes, planes] += np.float32(far)
         assert_every_group(x, 2, value_and_gradient)
+
+
+def exported_for(sizes, value_and_gradient):
+    """It, for any sizes: traced for symbolic ones."""
+    x = jax.ShapeDtypeStruct(export.symbolic_shape(sizes), "float32")
+    return jax.jit(export.export(value_and_gradient)(x, x).call)
 
 
 def two_values(generator, share, shape, dtype="float32"):
@@ -554,16 +561,37 @@ def test_the_mean_of_what_a_mask_counts_costs_no_digits(shape, num_groups, chann
 def test_elements_that_round_alike_cost_no_digits_of_symbolic_sizes(
     sizes, shape, num_groups, channel_axis
 ):
-    value_and_gradient = value_and_gradient_of(num_groups, channel_axis=channel_axis)
-    symbolic = jax.ShapeDtypeStruct(export.symbolic_shape(sizes), "float32")
-    exported = export.export(value_and_gradient)(symbolic, symbolic)
+    value_and_gradient = exported_for(
+        sizes, value_and_gradient_of(num_groups, channel_axis=channel_axis)
+    )
     generator = np.random.default_rng(0)
     for share in (0.02, 0.5):
         x, cotangent = (two_values(generator, share, shape) for _ in range(2))
         oracle = Oracle(x, num_groups, channel_axis=channel_axis)
         wanted = oracle.y, oracle.gradients(cotangent).x
-        for actual, expected in zip(exported.call(x, cotangent), wanted, strict=True):
+        for actual, expected in zip(value_and_gradient(x, cotangent), wanted, strict=True):
             assert np.abs(actual - expected).max() <= 1e-6 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "spatial"),
+    [
+        ("n, l, 4", (16,)),
+        ("n, l, 4", (199,)),
+        ("n, h, w, 4", (16, 16)),
+        ("n, h, w, 4", (32, 32)),
+        ("n, h, 24, 4", (24, 24)),
+    ],
+)
+def test_neither_a_far_element_nor_a_pattern_costs_digits_of_symbolic_sizes(sizes, spatial):
+    value_and_gradient = exported_for(sizes, value_and_gradient_of(2))
+    places = math.prod(spatial)
+    for far in (1e2, 1e4, 1e6):
+        x = random((places, places, 4), 0, 0, 1)
+        x[range(places), range(places)] = far
+        assert_every_group(x.reshape(places, *spatial, 4), 2, value_and_gradient)
+    for period, mean in itertools.product((8, 12, 16), (1, 100)):
+        assert_every_group(moved_apart(spatial, period, mean), 2, value_and_gradient)
 
 
 def test_float16_up_to_its_largest():
