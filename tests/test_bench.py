@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from oracle import Oracle, tolerance
 from jgn.bench import __main__ as command
 from jgn.bench import contenders, report
 from jgn.bench.__main__ import Worker, WorkerError, _measure, main
+from jgn.bench.contenders import BOTH, FORWARD
 from jgn.bench.workloads import WORKLOADS
 
 EVERY_CONTENDER = pytest.mark.parametrize("name", ["jgn", "flax", "haiku", "equinox"])
@@ -27,6 +29,48 @@ def test_a_summary_is_best_median_and_interquartile_range():
     assert found == {"best": 1.0, "median": 3.0, "spread": 2.0}
     with pytest.raises(ValueError, match="got 1"):
         report.summary([1.0])
+
+
+def measured_in_notebook(name):
+    written = pathlib.Path(__file__).parents[1] / "notebooks" / name
+    results = json.loads(written.read_text())["results"]
+    return {(result["network"], result["dtype"]): result for result in results}
+
+
+def ratios(result, peer):
+    return [f"{report.ratio(result, peer, call):.2f}" for call in (FORWARD, BOTH)]
+
+
+def test_the_readme_s_tables_are_what_the_notebook_shows():
+    readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text().splitlines()
+    on_cpu = measured_in_notebook("4_performance.json")
+    means = [
+        f"{report.geometric_mean(report.ratio(r, 'flax', call) for r in on_cpu.values()):.2f}"
+        for call in (FORWARD, BOTH)
+    ]
+    wanted = [("geometric mean", "", *means)]
+    for workload in WORKLOADS:
+        groups = f"{workload.num_groups} group{'s' if workload.num_groups > 1 else ''}"
+        shape = "×".join(map(str, workload.shape))
+        key = workload.network, "float32"
+        wanted.append((workload.network, f"{shape}, {groups}", *ratios(on_cpu[key], "flax")))
+
+    on_gpu = measured_in_notebook("4_performance_gpu.json")
+    large = [result for result in on_gpu.values() if result["x_bytes"] > 8e6]
+    of_float32 = [result for result in large if result["dtype"] == "float32"]
+    for result in of_float32:
+        dtypes = result, on_gpu[result["network"], "bfloat16"]
+        calls = [result["contenders"]["jgn"][call]["best"] for call in (FORWARD, BOTH)]
+        shares = [report.share_of_copy(result, "jgn", call) for call in (FORWARD, BOTH)]
+        cells = [ratios(each, peer) for peer in ("flax", "torch") for each in dtypes]
+        cells += [[f"{1e6 * seconds:.0f}" for seconds in calls]]
+        cells += [[f"{100 * share:.0f}" for share in shares]]
+        shape = "×".join(map(str, result["shape"]))
+        wanted.append((result["network"], shape, *map(" / ".join, cells)))
+
+    assert len(wanted) == 1 + len(WORKLOADS) + 8
+    shown = {tuple(cell.strip() for cell in line.strip("|").split("|")) for line in readme}
+    assert [row for row in wanted if row not in shown] == []
 
 
 def result(**best):
