@@ -16,6 +16,8 @@ from jgn._axes import divisors
 # one in 6 is enough, most strides are 5, which has no factor in common with most periods. What each
 # device has of an axis is mostly a multiple of 7 or 8 positions, but seldom of fewer.)
 LATER_STRIDE, LATER_STRIDE_OF_SHARED = 6, 8
+# Of so many rows on one device two are in the sample at least: one may be unlike the others.
+SEVERAL = 5
 # Axes are seldom split over more devices. Where they are, some of the sample travels.
 MOST_SHARES = 8
 
@@ -31,9 +33,13 @@ class Side(NamedTuple):
     devices: int = 1
 
     @property
+    def is_known(self) -> bool:
+        return isinstance(self.positions, int)
+
+    @property
     def shares(self) -> int:
         """In how many equal parts each device has one or several whole ones."""
-        if not isinstance(self.positions, int):
+        if not self.is_known:
             return 1
         of_a_partition = math.gcd(self.positions // self.partitions, self.devices)
         return self.partitions * max(s for s in divisors(of_a_partition) if s <= MOST_SHARES)
@@ -53,6 +59,8 @@ def sample_of(sides: Sequence[Side], one_in: int, multiple_of: int = 1) -> list[
             stride = LATER_STRIDE if later.shares == 1 else LATER_STRIDE_OF_SHARED
             taken = _evenly_spaced(later, stride)
             without_later = _one_in_of_others(without_later, later, taken)
+        if axis < last:
+            without_later = _for_two_at_least(side, without_later)
         taken = _evenly_spaced(side, without_later, multiple_of if axis == last else 1)
         one_in = _one_in_of_others(one_in, side, taken)
         slices.append(taken)
@@ -65,18 +73,24 @@ def last_of_several(sizes: Sequence[Any]) -> int:
     return max(several, default=len(sizes) - 1)
 
 
+def _for_two_at_least(side: Side, one_in: int) -> int:
+    """One in so many, or in fewer where that would be a single one of several."""
+    is_whole = side.is_known and side.shares == 1
+    return min(one_in, side.positions - 1) if is_whole and side.positions >= SEVERAL else one_in
+
+
 def _one_in_of_others(one_in: int, side: Side, taken: slice) -> int:
     """One in how many positions of the other axes is enough, once so many of this one are taken."""
     # A step that does not divide the size takes fewer than one position a step.
-    size = side.positions
-    known = isinstance(size, int)
-    return max(1, one_in * len(range(size)[taken]) // size if known else one_in // taken.step)
+    if not side.is_known:
+        return max(1, one_in // taken.step)
+    return max(1, one_in * len(range(side.positions)[taken]) // side.positions)
 
 
 def _evenly_spaced(side: Side, one_in: int, multiple_of: int = 1) -> slice:
     """At least one in so many of an axis; on one device, as far from one end as from the other."""
     size = side.positions
-    if not isinstance(size, int):  # It is not known to be small.
+    if not side.is_known:
         stride = one_in - 1 if one_in % 2 == 0 else one_in
         # JAX wants to see that the first one is not beyond the last.
         return slice(min_dim(size - 1, (size - 1) % stride // 2), size, stride)

@@ -231,8 +231,8 @@ MUTANTS = (
     Mutant(
         "fewer samples than one in 64 where strides do not divide sizes",
         "_sample.py",
-        "one_in * len(range(size)[taken]) // size if known else",
-        "one_in // taken.step if known else",
+        "one_in * len(range(side.positions)[taken]) // side.positions",
+        "one_in // taken.step",
         ("sample",),
     ),
     Mutant(
@@ -283,6 +283,13 @@ MUTANTS = (
         "key=lambda s: (s % 2 == 0, s % 3 == 0)",
         "key=lambda s: abs(s - stride)",
         ("sample",),
+    ),
+    Mutant(
+        "a sample from a single row of several",
+        "_sample.py",
+        "SEVERAL = 5\n",
+        "SEVERAL = 2**30\n",
+        ("sample", "values"),
     ),
     Mutant(
         "a sample from the borders of what devices share",

@@ -458,14 +458,24 @@ def test_a_pattern_costs_no_digits_whatever_its_phase(spatial, period):
 
 
 @pytest.mark.parametrize(
-    "spatial", [(16, 32, 32), (8, 24, 24), (32, 16, 16), (24, 8, 16), (4, 8, 8, 8), (48, 48)]
+    ("spatial", "channels"),
+    [
+        ((16, 32, 32), 4),
+        ((8, 24, 24), 4),
+        ((32, 16, 16), 4),
+        ((24, 8, 16), 4),
+        ((4, 8, 8, 8), 4),
+        ((48, 48), 4),
+        ((9, 9), 128),
+        ((10, 10), 128),
+    ],
 )
-def test_a_plane_unlike_the_others_costs_no_digits_wherever_it_is(spatial):
-    """A frame of a video, or a slice of a volume; another in each sample of the batch."""
+def test_a_plane_unlike_the_others_costs_no_digits_wherever_it_is(spatial, channels):
+    """A frame of a video, a slice of a volume, a row; another in each sample of the batch."""
     planes = range(spatial[0])
     value_and_gradient = value_and_gradient_of(2)
     for far in (3, 50, 1e4):
-        x = random((len(planes), *spatial, 4), 0, 0, 1)
+        x = random((len(planes), *spatial, channels), 0, 0, 1)
         x[planes, planes] += np.float32(far)
         assert_every_group(x, 2, value_and_gradient)
 
