@@ -90,10 +90,11 @@ class Reduction(NamedTuple):
             total = self._over_groups(self.positions.sum(self._where_counted(x)))
             k = _rounded(total * jnp.asarray(1 / self._count(x), x.dtype))
             return k, jnp.zeros_like(k.real)
-        # Symbolic sizes may be small, and have no thirds.
-        stride, number = LONG_STRIDE, self.positions.number
-        if isinstance(number, int):
-            stride = min(STRIDE, max(1, number * self.groups.size // SAMPLE))
+        number = self.positions.number
+        is_known = isinstance(number, int)  # Symbolic sizes may be small, and have no thirds.
+        stride = (
+            min(STRIDE, max(1, number * self.groups.size // SAMPLE)) if is_known else LONG_STRIDE
+        )
         if self.positions.on_one_cpu:
             return self._shifts_on_one_cpu(x, stride)
         # A GPU sums in trees, which have no need of q; several CPUs do without it, as thirds of a

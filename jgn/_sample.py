@@ -1,4 +1,4 @@
-"""Which positions are a sample: from all over, and where every third or fewer, none at a border.
+"""Which positions are a sample: some from all over, few of them at a border.
 
 What is unlike the rest of an image is often a row, a plane or a frame, or repeats every 2, 4 or 8
 positions. A sample of nothing else would have a mean far from that of the whole.
@@ -13,24 +13,26 @@ from jax.core import min_dim
 from jgn._axes import divisors
 
 # Along later axes so many positions are skipped at most before more are along earlier ones. (Where
-# one in 6 is enough, most strides are 5, which has no factor in common with most periods. What each
-# device has of an axis is mostly a multiple of 7 or 8 positions, but seldom of fewer.)
+# one in 6 is enough, most strides are 5, which has no factor in common with most periods. A device
+# often has 7 positions of a shared axis: of these no smaller stride takes as many of each.)
 LATER_STRIDE, LATER_STRIDE_OF_SHARED = 6, 8
-# Of so many rows on one device two are in the sample at least: one may be unlike the others.
-SEVERAL = 5
+# Of so many positions along an axis two are taken at least: one may be unlike the others.
+ENOUGH_FOR_TWO = 5
 # Axes are seldom split over more devices. Where they are, some of the sample travels.
 MOST_SHARES = 8
 
 
 class Side(NamedTuple):
-    """How many positions there are along an axis, an int or symbolic, and what devices have them.
+    """An axis of x.
 
-    So many partitions are on different devices, each of which so many more may split.
+    positions: How many there are: an int, or symbolic.
+    partitions: In how many parts explicitly typed mesh axes split them.
+    automatic_devices: How many devices may split each of these further.
     """
 
     positions: Any
     partitions: int = 1
-    devices: int = 1
+    automatic_devices: int = 1
 
     @property
     def is_known(self) -> bool:
@@ -38,10 +40,10 @@ class Side(NamedTuple):
 
     @property
     def shares(self) -> int:
-        """In how many equal parts each device has one or several whole ones."""
+        """Equal parts, of which each of not too many devices has whole ones."""
         if not self.is_known:
-            return 1
-        of_a_partition = math.gcd(self.positions // self.partitions, self.devices)
+            return self.partitions
+        of_a_partition = math.gcd(self.positions // self.partitions, self.automatic_devices)
         return self.partitions * max(s for s in divisors(of_a_partition) if s <= MOST_SHARES)
 
 
@@ -59,8 +61,6 @@ def sample_of(sides: Sequence[Side], one_in: int, multiple_of: int = 1) -> list[
             stride = LATER_STRIDE if later.shares == 1 else LATER_STRIDE_OF_SHARED
             taken = _evenly_spaced(later, stride)
             without_later = _one_in_of_others(without_later, later, taken)
-        if axis < last:
-            without_later = _for_two_at_least(side, without_later)
         taken = _evenly_spaced(side, without_later, multiple_of if axis == last else 1)
         one_in = _one_in_of_others(one_in, side, taken)
         slices.append(taken)
@@ -73,12 +73,6 @@ def last_of_several(sizes: Sequence[Any]) -> int:
     return max(several, default=len(sizes) - 1)
 
 
-def _for_two_at_least(side: Side, one_in: int) -> int:
-    """One in so many, or in fewer where that would be a single one of several."""
-    is_whole = side.is_known and side.shares == 1
-    return min(one_in, side.positions - 1) if is_whole and side.positions >= SEVERAL else one_in
-
-
 def _one_in_of_others(one_in: int, side: Side, taken: slice) -> int:
     """One in how many positions of the other axes is enough, once so many of this one are taken."""
     # A step that does not divide the size takes fewer than one position a step.
@@ -88,14 +82,16 @@ def _one_in_of_others(one_in: int, side: Side, taken: slice) -> int:
 
 
 def _evenly_spaced(side: Side, one_in: int, multiple_of: int = 1) -> slice:
-    """At least one in so many of an axis; on one device, as far from one end as from the other."""
-    size = side.positions
+    """At least one in so many of an axis."""
     if not side.is_known:
-        stride = one_in - 1 if one_in % 2 == 0 else one_in
-        # JAX wants to see that the first one is not beyond the last.
-        return slice(min_dim(size - 1, (size - 1) % stride // 2), size, stride)
-    if side.shares > 1:
-        return _shared(side, one_in)
+        return _symbolic(side, one_in)
+    if side.positions >= ENOUGH_FOR_TWO:
+        one_in = min(one_in, side.positions - 1)
+    return _shared(side, one_in) if side.shares > 1 else _whole(side.positions, one_in, multiple_of)
+
+
+def _whole(size: int, one_in: int, multiple_of: int) -> slice:
+    """As far from one end as from the other."""
     number = math.ceil(size / one_in)
     multiple = math.ceil(number / multiple_of) * multiple_of
     number = multiple if multiple <= size else number
@@ -105,14 +101,24 @@ def _evenly_spaced(side: Side, one_in: int, multiple_of: int = 1) -> slice:
 
 
 def _shared(side: Side, one_in: int) -> slice:
-    """As many of each device's share, so that none travels; or if one is enough, one of them."""
+    """As many of each share, so that none travels."""
     of_a_share = side.positions // side.shares
     if side.positions <= one_in and side.partitions == 1:
+        # A single one, of the first share: for one of another XLA would gather all of x.
         return slice(of_a_share // 2, of_a_share // 2 + 1, 1)
     stride = max(stride for stride in divisors(of_a_share) if stride <= one_in)
     # Of patterns with this period most begin at 0, or in the middle.
-    start = stride // 3
+    start = stride // 3 or stride // 2
     return slice(start, side.positions - (stride - start) + 1, stride)
+
+
+def _symbolic(side: Side, one_in: int) -> slice:
+    """As far from one end as from the other; all of what is split, as its slices must divide."""
+    size = side.positions
+    # Odd, so that every phase of what repeats every 2, 4, 8, … positions is taken as often.
+    stride = one_in - 1 + one_in % 2 if side.partitions == 1 else 1
+    # JAX wants to see that it does not begin beyond the end, of a size that may be 0, too.
+    return slice(min_dim(size, (size - 1) % stride // 2), size, stride)
 
 
 def _stride_of(size: int, number: int) -> int:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import random
 from jax import export, lax
 from jax.experimental import checkify
 
@@ -266,6 +267,17 @@ def test_an_export_with_symbolic_sizes_needs_neither_jgn_nor_flax(tmp_path):
     path = tmp_path / "group_norm"
     path.write_bytes(exported.serialize())
     subprocess.run([sys.executable, "-c", textwrap.dedent(LOAD), path], check=True, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("cut", [slice(1, None), slice(1, -1)])
+def test_a_symbolic_size_may_be_none(cut):
+    """As after a convolution without padding: h - 1 or max(h - 2, 0)."""
+    shape = jax.ShapeDtypeStruct(export.symbolic_shape("n, h, 3, 8"), jnp.float32)
+    y_and_gradient = jax.jit(jax.value_and_grad(lambda x: (norm(x[:, cut]) ** 3).sum()))
+    exported = export.export(y_and_gradient)(shape)
+    for height in (2, 3, 9):
+        x = jnp.asarray(random((2, height, 3, 8)))
+        chex.assert_trees_all_close(exported.call(x), y_and_gradient(x), **CLOSE)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
