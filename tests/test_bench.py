@@ -68,9 +68,9 @@ def test_the_readme_s_tables_are_what_the_notebook_shows():
         shape = "×".join(map(str, result["shape"]))
         wanted.append((result["network"], shape, *map(" / ".join, cells)))
 
-    assert len(wanted) == 1 + len(WORKLOADS) + 8
-    shown = {tuple(cell.strip() for cell in line.strip("|").split("|")) for line in readme}
-    assert [row for row in wanted if row not in shown] == []
+    measured = {row[0] for row in wanted}
+    rows = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in readme]
+    assert sorted(row for row in rows if row[0] in measured) == sorted(wanted)
 
 
 def result(**best):
