@@ -140,10 +140,10 @@ def test_values_and_gradients_equal_the_unsharded_ones_in_the_form_of_gpus(layou
     ("axis_type", "spec"),
     [(AxisType.Auto, P("a")), (AxisType.Auto, P(None, "a")), (AxisType.Explicit, P(None, "a"))],
 )
-@pytest.mark.parametrize("size", [8, 16, 32, 56, 64])
-def test_neither_a_border_nor_a_pattern_is_all_of_a_shared_sample(size, spec, axis_type):
+@pytest.mark.parametrize(("size", "channels"), [(8, 128), (16, 128), (56, 16), (64, 16)])
+def test_neither_a_border_nor_a_pattern_is_all_of_a_shared_sample(size, channels, spec, axis_type):
     mesh = mesh_of(axis_type, a=8)
-    image = np.random.default_rng(0).normal(3, 1, (8, size, size, 128)).astype(np.float32)
+    image = np.random.default_rng(0).normal(3, 1, (8, size, size, channels)).astype(np.float32)
     framed, first_row, first_column, corner, moved_apart = (image.copy() for _ in range(5))
     framed[:, [0, -1]] = framed[:, :, [0, -1]] = 0
     first_row[:, 0] *= 30
@@ -153,8 +153,7 @@ def test_neither_a_border_nor_a_pattern_is_all_of_a_shared_sample(size, spec, ax
     moved_apart[:, between] = moved_apart[:, :, between] = 0
     with jax.set_mesh(mesh):
         for x in (framed, first_row, first_column, corner, moved_apart):
-            split = jax.device_put(x, NamedSharding(mesh, spec))
-            y = jax.jit(lambda x: jgn.group_norm(x, 2))(split)
+            y = jgn.group_norm(jax.device_put(x, NamedSharding(mesh, spec)), 2)
             wanted = Oracle(x, 2).y
             assert np.abs(y - wanted).max() <= 1e-6 * np.abs(wanted).max()
 
