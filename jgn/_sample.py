@@ -104,7 +104,7 @@ def _shared(side: Side, one_in: int) -> slice:
     """As many of each share, so that none travels."""
     of_a_share = side.positions // side.shares
     if side.positions <= one_in and side.partitions == 1:
-        # A single one, of the first share: for one of another XLA would gather all of x.
+        # A single one, of the first share: one of another would travel.
         return slice(of_a_share // 2, of_a_share // 2 + 1, 1)
     stride = max(stride for stride in divisors(of_a_share) if stride <= one_in)
     # Of patterns with this period most begin at 0, or in the middle.

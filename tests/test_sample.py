@@ -127,7 +127,7 @@ def test_of_what_devices_share_each_has_as_many(partitions, devices):
         if len(taken) == 1:
             assert partitions == 1
             assert size < 5
-            assert owners[0] == 1, "for one of another's XLA would gather all of x"
+            assert owners[0] == 1, "one of another's would travel"
         else:
             assert (owners == len(taken) // (partitions * devices)).all()
 
