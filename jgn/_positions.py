@@ -91,10 +91,10 @@ class Positions:
         """At least one in so many positions of x; `sample_of` says which."""
         spatial, devices = self._axes.spatial, automatic_devices(x)
         sides = [Side(x.shape[axis], partitions(x, axis), devices) for axis in spatial]
-        slices = [slice(0, size, 1) for size in x.shape]
-        for axis, taken in zip(spatial, sample_of(sides, one_in, multiple_of), strict=True):
-            slices[axis] = taken
-        return lax.slice(x, *zip(*((s.start, s.stop, s.step) for s in slices), strict=True))
+        taken = zip(spatial, sample_of(sides, one_in, multiple_of), strict=True)
+        for axis, of_axis in reversed(list(taken)):  # Most often rows travel, if any do.
+            x = of_axis.of(x, axis)
+        return x
 
     def in_thirds(self, sample: Array) -> tuple["Positions", Array, int] | None:
         """A sample whose last axis of several positions is in three parts; None if it cannot be.

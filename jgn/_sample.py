@@ -8,18 +8,18 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jax import Array, lax
 from jax.core import min_dim
 
 from jgn._axes import divisors
 
 # Along later axes so many positions are skipped at most before more are along earlier ones. (Where
-# one in 6 is enough, most strides are 5, which has no factor in common with most periods. A device
-# often has 7 positions of a shared axis: of these no smaller stride takes as many of each.)
-LATER_STRIDE, LATER_STRIDE_OF_SHARED = 6, 8
+# one in 6 is enough, most strides are 5, which has no factor in common with most periods.)
+LATER_STRIDE = 6
 # Of so many positions along an axis two are taken at least: one may be unlike the others.
 ENOUGH_FOR_TWO = 5
 # Axes are seldom split over more devices. Where they are, some of the sample travels.
-MOST_SHARES = 8
+MOST_PARTS = 8
 
 
 class Side(NamedTuple):
@@ -40,31 +40,56 @@ class Side(NamedTuple):
 
     @property
     def shares(self) -> int:
-        """Equal parts, of which each of not too many devices has whole ones."""
+        """Equal parts, of which each of not too many devices has whole ones, or a half."""
+        return self.partitions * self._parts_of_a_partition // (2 if self.has_halves else 1)
+
+    @property
+    def has_halves(self) -> bool:
+        """Whether two devices may have a share."""
+        return self._parts_of_a_partition % 2 == 0
+
+    @property
+    def _parts_of_a_partition(self) -> int:
         if not self.is_known:
-            return self.partitions
-        of_a_partition = math.gcd(self.positions // self.partitions, self.automatic_devices)
-        return self.partitions * max(s for s in divisors(of_a_partition) if s <= MOST_SHARES)
+            return 1
+        possible = divisors(math.gcd(self.positions // self.partitions, self.automatic_devices))
+        return max(parts for parts in possible if parts <= MOST_PARTS)
 
 
-def sample_of(sides: Sequence[Side], one_in: int, multiple_of: int = 1) -> list[slice]:
-    """Slices of these axes, which take at least one in so many positions, evenly spaced.
+class Taken(NamedTuple):
+    """Positions of an axis: this slice of each of its equal shares."""
 
-    Along the last of several positions they take a multiple of this number, if there are enough and
+    shares: int
+    of_each: slice
+
+    def of(self, x: Array, axis: int) -> Array:
+        """x at these positions."""
+        before, size, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
+        start, stop, stride = self.of_each.start, self.of_each.stop, self.of_each.step
+        if self.shares == 1:
+            return lax.slice_in_dim(x, start, stop, stride, axis)
+        in_shares = x.reshape(*before, self.shares, size // self.shares, *after)
+        taken = lax.slice_in_dim(in_shares, start, stop, stride, axis + 1)
+        return taken.reshape(*before, self.shares * taken.shape[axis + 1], *after)
+
+
+def sample_of(sides: Sequence[Side], one_in: int, multiple_of: int = 1) -> list[Taken]:
+    """What takes at least one in so many positions of these axes, evenly spaced.
+
+    Along the last of several positions they are a multiple of this number, if there are enough and
     no devices may share them.
     """
     last = last_of_several([side.positions for side in sides])
-    slices = []
+    sample = []
     for axis, side in enumerate(sides):
         without_later = one_in
         for later in sides[axis + 1 : last + 1]:
-            stride = LATER_STRIDE if later.shares == 1 else LATER_STRIDE_OF_SHARED
-            taken = _evenly_spaced(later, stride)
+            taken = _evenly_spaced(later, LATER_STRIDE)
             without_later = _one_in_of_others(without_later, later, taken)
         taken = _evenly_spaced(side, without_later, multiple_of if axis == last else 1)
         one_in = _one_in_of_others(one_in, side, taken)
-        slices.append(taken)
-    return slices
+        sample.append(taken)
+    return sample
 
 
 def last_of_several(sizes: Sequence[Any]) -> int:
@@ -73,43 +98,30 @@ def last_of_several(sizes: Sequence[Any]) -> int:
     return max(several, default=len(sizes) - 1)
 
 
-def _one_in_of_others(one_in: int, side: Side, taken: slice) -> int:
+def _one_in_of_others(one_in: int, side: Side, taken: Taken) -> int:
     """One in how many positions of the other axes is enough, once so many of this one are taken."""
     # A step that does not divide the size takes fewer than one position a step.
     if not side.is_known:
-        return max(1, one_in // taken.step)
-    return max(1, one_in * len(range(side.positions)[taken]) // side.positions)
+        return max(1, one_in // taken.of_each.step)
+    share = range(side.positions // taken.shares)
+    return max(1, one_in * len(share[taken.of_each]) // len(share))
 
 
-def _evenly_spaced(side: Side, one_in: int, multiple_of: int = 1) -> slice:
-    """At least one in so many of an axis."""
+def _evenly_spaced(side: Side, one_in: int, multiple_of: int = 1) -> Taken:
+    """At least one in so many of an axis; of each device's as many, so that none travels."""
     if not side.is_known:
-        return _symbolic(side, one_in)
-    if side.positions >= ENOUGH_FOR_TWO:
-        one_in = min(one_in, side.positions - 1)
-    return _shared(side, one_in) if side.shares > 1 else _whole(side.positions, one_in, multiple_of)
-
-
-def _whole(size: int, one_in: int, multiple_of: int) -> slice:
-    """As far from one end as from the other."""
-    number = math.ceil(size / one_in)
+        return Taken(1, _symbolic(side, one_in))
+    share = side.positions // side.shares
+    if share >= ENOUGH_FOR_TWO:
+        one_in = min(one_in, share - 1)
+    multiple_of = 2 if side.has_halves else multiple_of
+    number = math.ceil(share / one_in)
     multiple = math.ceil(number / multiple_of) * multiple_of
-    number = multiple if multiple <= size else number
-    stride = _stride_of(size, number)
-    start = (size - 1 - (number - 1) * stride) // 2
-    return slice(start, start + (number - 1) * stride + 1, stride)
-
-
-def _shared(side: Side, one_in: int) -> slice:
-    """As many of each share, so that none travels."""
-    of_a_share = side.positions // side.shares
-    if side.positions <= one_in and side.partitions == 1:
-        # A single one, of the first share: one of another would travel.
-        return slice(of_a_share // 2, of_a_share // 2 + 1, 1)
-    stride = max(stride for stride in divisors(of_a_share) if stride <= one_in)
-    # Of patterns with this period most begin at 0, or in the middle.
-    start = stride // 3 or stride // 2
-    return slice(start, side.positions - (stride - start) + 1, stride)
+    number = multiple if multiple <= share else number
+    # As far from one end as from the other.
+    stride = _stride_of(share, number)
+    start = (share - 1 - (number - 1) * stride) // 2
+    return Taken(side.shares, slice(start, start + (number - 1) * stride + 1, stride))
 
 
 def _symbolic(side: Side, one_in: int) -> slice:
@@ -125,9 +137,9 @@ def _stride_of(size: int, number: int) -> int:
     """How far apart so many positions of an axis are, for the sample to take all phases alike.
 
     Of what repeats every 2, 4, 8, … positions, and if such a stride is near, of every 3, 6, 12, ….
-    Small strides stay as they are: they miss few phases.
+    Strides below 4 stay as they are: they miss few phases.
     """
     stride = size // number
     largest = (size - 1 - stride // 2) // max(1, number - 1)
-    near = [s for s in (stride, stride + 1, stride - 1) if 5 <= s <= largest]
+    near = [s for s in (stride, stride + 1, stride - 1) if stride >= 4 and s <= largest]
     return min(near, key=lambda s: (s % 2 == 0, s % 3 == 0), default=stride)
