@@ -91,9 +91,16 @@ class Positions:
         """At least one in so many positions of x; `sample_of` says which."""
         spatial, devices = self._axes.spatial, automatic_devices(x)
         sides = [Side(x.shape[axis], partitions(x, axis), devices) for axis in spatial]
-        taken = zip(spatial, sample_of(sides, one_in, multiple_of), strict=True)
-        for axis, of_axis in reversed(list(taken)):  # Most often rows travel, if any do.
-            x = of_axis.of(x, axis)
+        sample = dict(zip(spatial, sample_of(sides, one_in, multiple_of), strict=True))
+        # Before those of shares, so that less travels if some must.
+        slices = [slice(0, size, 1) for size in x.shape]
+        for axis, taken in sample.items():
+            if taken.shares == 1:
+                slices[axis] = taken.of_each
+        x = lax.slice(x, *zip(*((s.start, s.stop, s.step) for s in slices), strict=True))
+        for axis, taken in sample.items():
+            if taken.shares > 1:
+                x = taken.of(x, axis)
         return x
 
     def in_thirds(self, sample: Array) -> tuple["Positions", Array, int] | None:

@@ -39,21 +39,14 @@ class Side(NamedTuple):
         return isinstance(self.positions, int)
 
     @property
-    def shares(self) -> int:
-        """Equal parts, of which each of not too many devices has whole ones, or a half."""
-        return self.partitions * self._parts_of_a_partition // (2 if self.has_halves else 1)
+    def splits(self) -> int:
+        """A number that every one is a divisor of in which devices may split a partition."""
+        return math.gcd(self.positions // self.partitions, self.automatic_devices)
 
     @property
-    def has_halves(self) -> bool:
-        """Whether two devices may have a share."""
-        return self._parts_of_a_partition % 2 == 0
-
-    @property
-    def _parts_of_a_partition(self) -> int:
-        if not self.is_known:
-            return 1
-        possible = divisors(math.gcd(self.positions // self.partitions, self.automatic_devices))
-        return max(parts for parts in possible if parts <= MOST_PARTS)
+    def parts(self) -> int:
+        """In how many parts not too many devices may split it."""
+        return self.partitions * max(n for n in divisors(self.splits) if n <= MOST_PARTS)
 
 
 class Taken(NamedTuple):
@@ -66,8 +59,6 @@ class Taken(NamedTuple):
         """x at these positions."""
         before, size, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
         start, stop, stride = self.of_each.start, self.of_each.stop, self.of_each.step
-        if self.shares == 1:
-            return lax.slice_in_dim(x, start, stop, stride, axis)
         in_shares = x.reshape(*before, self.shares, size // self.shares, *after)
         taken = lax.slice_in_dim(in_shares, start, stop, stride, axis + 1)
         return taken.reshape(*before, self.shares * taken.shape[axis + 1], *after)
@@ -111,17 +102,39 @@ def _evenly_spaced(side: Side, one_in: int, multiple_of: int = 1) -> Taken:
     """At least one in so many of an axis; of each device's as many, so that none travels."""
     if not side.is_known:
         return Taken(1, _symbolic(side, one_in))
-    share = side.positions // side.shares
-    if share >= ENOUGH_FOR_TWO:
-        one_in = min(one_in, share - 1)
-    multiple_of = 2 if side.has_halves else multiple_of
-    number = math.ceil(share / one_in)
+    if side.parts == 1:
+        if side.positions >= ENOUGH_FOR_TWO:
+            one_in = min(one_in, side.positions - 1)
+        return Taken(1, _centered(side.positions, one_in, multiple_of))
+    part = side.positions // side.parts
+    if side.partitions == 1 and side.positions < min(ENOUGH_FOR_TWO, one_in + 1):
+        # A single one, of the first part: one of another would travel.
+        return Taken(1, slice(part // 2, part // 2 + 1, 1))
+    if side.splits & (side.splits - 1):
+        # Some splits are none of shares: all of x would travel. Strides that divide a part do.
+        return Taken(1, _of_every_part(side, part, one_in))
+    # Of shares that may have two halves, an even number of positions, as far from one end as from
+    # the other, is as many of each half, at any stride.
+    halves = 2 if side.splits > 1 else 1
+    shares = side.parts // halves
+    return Taken(shares, _centered(part * halves, one_in, halves, is_shared=True))
+
+
+def _centered(size: int, one_in: int, multiple_of: int, is_shared: bool = False) -> slice:
+    """As far from one end as from the other."""
+    number = math.ceil(size / one_in)
     multiple = math.ceil(number / multiple_of) * multiple_of
-    number = multiple if multiple <= share else number
-    # As far from one end as from the other.
-    stride = _stride_of(share, number)
-    start = (share - 1 - (number - 1) * stride) // 2
-    return Taken(side.shares, slice(start, start + (number - 1) * stride + 1, stride))
+    number = multiple if multiple <= size else number
+    stride = _stride_of(size, number, is_shared)
+    start = (size - 1 - (number - 1) * stride) // 2
+    return slice(start, start + (number - 1) * stride + 1, stride)
+
+
+def _of_every_part(side: Side, part: int, one_in: int) -> slice:
+    stride = max(stride for stride in divisors(part) if stride <= one_in)
+    # Of patterns with this period most begin at 0, or in the middle.
+    start = stride // 3 or stride // 2
+    return slice(start, side.positions - (stride - start) + 1, stride)
 
 
 def _symbolic(side: Side, one_in: int) -> slice:
@@ -133,13 +146,22 @@ def _symbolic(side: Side, one_in: int) -> slice:
     return slice(min_dim(size, (size - 1) % stride // 2), size, stride)
 
 
-def _stride_of(size: int, number: int) -> int:
+def _stride_of(size: int, number: int, is_shared: bool) -> int:
     """How far apart so many positions of an axis are, for the sample to take all phases alike.
 
     Of what repeats every 2, 4, 8, … positions, and if such a stride is near, of every 3, 6, 12, ….
-    Strides below 4 stay as they are: they miss few phases.
+    Small strides stay as they are: they miss few phases. But in shares that follow each other, all
+    positions have the same phase of what repeats with a stride that divides the share.
     """
     stride = size // number
     largest = (size - 1 - stride // 2) // max(1, number - 1)
-    near = [s for s in (stride, stride + 1, stride - 1) if stride >= 4 and s <= largest]
-    return min(near, key=lambda s: (s % 2 == 0, s % 3 == 0), default=stride)
+    near = [stride, stride + 1, stride - 1]
+    if is_shared:
+        near += [stride + 2, stride - 2]
+
+    def misses(stride: int) -> tuple[bool, ...]:
+        divides = is_shared and math.gcd(stride, size) > 1
+        return stride % 2 == 0, divides, stride % 3 == 0
+
+    smallest = 1 if is_shared else 5
+    return min((s for s in near if smallest <= s <= largest), key=misses, default=stride)

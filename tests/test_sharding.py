@@ -34,7 +34,8 @@ pytestmark = pytest.mark.skipif(
 
 def mesh_of(axis_type, **sizes):
     axis_types = (axis_type,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types)
+    devices = jax.devices()[: math.prod(sizes.values())]
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types, devices=devices)
 
 
 def collectives(compiled):
@@ -210,6 +211,15 @@ def test_however_long_a_split_axis_only_moments_travel(size, told_by, backend):
             compiled = jax.jit(lambda x: jgn.group_norm(x, 4), in_shardings=sharding).lower(x)
     forward, _ = moments([("all-reduce", 2 * 16)])
     assert collectives(compiled.compile()) == forward
+
+
+@pytest.mark.parametrize("spec", [P("a", None, "b"), P("b", "a"), P(None, ("a", "b"))])
+@pytest.mark.parametrize("sizes", [{"a": 2, "b": 3}, {"a": 3, "b": 2}])
+def test_on_devices_of_no_power_of_two_nothing_else_travels_either(sizes, spec):
+    mesh = mesh_of(AxisType.Auto, **sizes)
+    x = jax.ShapeDtypeStruct((6, 96, 96, 16), "float32", sharding=NamedSharding(mesh, spec))
+    compiled = jax.jit(normalized, static_argnums=1).lower(x, 4).compile()
+    assert {kind for kind, _ in collectives(compiled)} == {"all-reduce"}
 
 
 @AXIS_TYPES
