@@ -40,12 +40,12 @@ class Side(NamedTuple):
 
     @property
     def splits(self) -> int:
-        """A number that every one is a divisor of in which devices may split a partition."""
+        """Devices may split a partition in so many parts, or in a divisor of this number."""
         return math.gcd(self.positions // self.partitions, self.automatic_devices)
 
     @property
     def parts(self) -> int:
-        """In how many parts not too many devices may split it."""
+        """In how many parts not too many devices may split the axis."""
         return self.partitions * max(n for n in divisors(self.splits) if n <= MOST_PARTS)
 
 
@@ -111,7 +111,8 @@ def _evenly_spaced(side: Side, one_in: int, multiple_of: int = 1) -> Taken:
         # A single one, of the first part: one of another would travel.
         return Taken(1, slice(part // 2, part // 2 + 1, 1))
     if side.splits & (side.splits - 1):
-        # Some splits are none of shares: all of x would travel. Strides that divide a part do.
+        # Of 3 shares neither of 2 devices has whole ones, and XLA would send all of x. Where
+        # strides divide each part nothing travels, either.
         return Taken(1, _of_every_part(side, part, one_in))
     # Of shares that may have two halves, an even number of positions, as far from one end as from
     # the other, is as many of each half, at any stride.
@@ -121,7 +122,7 @@ def _evenly_spaced(side: Side, one_in: int, multiple_of: int = 1) -> Taken:
 
 
 def _centered(size: int, one_in: int, multiple_of: int, is_shared: bool = False) -> slice:
-    """As far from one end as from the other."""
+    """At least one in so many, as far from one end as from the other."""
     number = math.ceil(size / one_in)
     multiple = math.ceil(number / multiple_of) * multiple_of
     number = multiple if multiple <= size else number
