@@ -113,9 +113,9 @@ def _evenly_spaced(side: Side, one_in: int, multiple_of: int = 1) -> Taken:
     if side.splits & (side.splits - 1):
         # Of 3 shares neither of 2 devices has whole ones, and XLA would send all of x. Where
         # strides divide each part nothing travels, either.
-        return Taken(1, _of_every_part(side, part, one_in))
+        return Taken(1, _of_every_part(side.positions, part, one_in))
     # Of shares that may have two halves, an even number of positions, as far from one end as from
-    # the other, is as many of each half, at any stride.
+    # the other, is as many of each half, at any stride. (Explicit partitions cannot be joined.)
     halves = 2 if side.splits > 1 else 1
     shares = side.parts // halves
     return Taken(shares, _centered(part * halves, one_in, halves, is_shared=True))
@@ -131,11 +131,11 @@ def _centered(size: int, one_in: int, multiple_of: int, is_shared: bool = False)
     return slice(start, start + (number - 1) * stride + 1, stride)
 
 
-def _of_every_part(side: Side, part: int, one_in: int) -> slice:
+def _of_every_part(size: int, part: int, one_in: int) -> slice:
     stride = max(stride for stride in divisors(part) if stride <= one_in)
     # Of patterns with this period most begin at 0, or in the middle.
     start = stride // 3 or stride // 2
-    return slice(start, side.positions - (stride - start) + 1, stride)
+    return slice(start, size - (stride - start) + 1, stride)
 
 
 def _symbolic(side: Side, one_in: int) -> slice:

@@ -334,6 +334,13 @@ MUTANTS = (
         ("sample",),
     ),
     Mutant(
+        "a single position of an axis that is known to be split",
+        "_sample.py",
+        "if side.partitions == 1 and side.positions < ",
+        "if side.positions < ",
+        ("sample",),
+    ),
+    Mutant(
         "as many shares as there are devices, however many",
         "_sample.py",
         "MOST_PARTS = 8\n",

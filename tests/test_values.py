@@ -579,8 +579,11 @@ def test_elements_that_round_alike_cost_no_digits_of_symbolic_sizes(
 @pytest.mark.parametrize(
     ("sizes", "spatial"),
     [
+        ("n, l, 4", (16,)),
         ("n, l, 4", (64,)),
+        ("n, l, 4", (199,)),
         ("n, h, w, 4", (16, 16)),
+        ("n, h, w, 4", (32, 32)),
         ("n, h, 24, 4", (24, 24)),
     ],
 )
@@ -591,7 +594,7 @@ def test_neither_a_far_element_nor_a_pattern_costs_digits_of_symbolic_sizes(size
         x = random((places, places, 4), 0, 0, 1)
         x[range(places), range(places)] = far
         assert_every_group(x.reshape(places, *spatial, 4), 2, value_and_gradient)
-    for period, mean in itertools.product((12, 16), (1, 100)):
+    for period, mean in itertools.product((8, 12, 16), (1, 100)):
         assert_every_group(moved_apart(spatial, period, mean), 2, value_and_gradient)
 
 
