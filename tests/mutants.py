@@ -341,6 +341,20 @@ MUTANTS = (
         ("sample",),
     ),
     Mutant(
+        "all of a few positions that devices may share",
+        "_sample.py",
+        "min(ENOUGH_FOR_TWO, one_in + 1)",
+        "min(2, one_in + 1)",
+        ("sample",),
+    ),
+    Mutant(
+        "a sample from the middle of an axis",
+        "_sample.py",
+        "smallest = 1 if is_shared else 5",
+        "smallest = 1",
+        ("sample",),
+    ),
+    Mutant(
         "as many shares as there are devices, however many",
         "_sample.py",
         "MOST_PARTS = 8\n",

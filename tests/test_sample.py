@@ -102,6 +102,20 @@ def test_a_small_image_is_sampled_in_more_than_one_row_and_column(size):
     assert len(columns) >= 3
 
 
+def test_on_one_device_no_more_than_a_third_lies_beyond_it():
+    for size, one_in, multiple_of in itertools.product(range(16, 300), (3, 6, 10, 64), (1, 3)):
+        (taken,) = taken_of((size,), one_in, multiple_of=multiple_of)
+        if len(taken) > 1:
+            before, after = taken[0], size - 1 - taken[-1]
+            assert before + after - (taken[1] - taken[0]) <= size / 3, (size, taken)
+
+
+@pytest.mark.parametrize("devices", [2, 4, 8, 12, 512])
+def test_of_a_few_positions_that_devices_may_share_not_all_are_the_sample(devices):
+    for sizes in itertools.product((2, 4), repeat=2):
+        assert [len(taken) for taken in taken_of(sizes, 64, devices)] == [1, 1]
+
+
 @pytest.mark.parametrize("sizes", [(16, 32, 32), (32, 64, 64), (8, 64, 64), (64, 8, 32)])
 def test_a_volume_is_sampled_along_every_axis(sizes):
     for size, taken in zip(sizes, taken_of(sizes, 64, multiple_of=3), strict=True):
