@@ -114,7 +114,9 @@ class Reduction(NamedTuple):
         else:
             sample = self.positions.sample(x, min(stride, SHORT_STRIDE))
         if thirds is None:
-            return self._mean_and_variance(self.positions.of(sample), sample)
+            # Where no loop over channels follows, every loop that wants k would add positions.
+            of = self.positions.of if self.groups.size == 1 else self.positions.of_constant
+            return self._mean_and_variance(of(sample), sample)
         positions, sample, axis = thirds
         means, variances = self._mean_and_variance(positions, sample)
         k = by_components(lambda means: _median(*_unstacked(means, axis)), means)

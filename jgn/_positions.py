@@ -87,6 +87,10 @@ class Positions:
         """Those of another array with the same axes."""
         return type(self)(x, self._axes)
 
+    def of_constant(self, x: Array, axes: Axes | None = None) -> "Positions":
+        """Those of an array without a gradient, with the same axes unless others are given."""
+        return type(self)(x, axes or self._axes)
+
     def sample(self, x: Array, one_in: int, multiple_of: int = 1) -> Array:
         """At least one in so many positions of x; `sample_of` says which."""
         spatial, devices = self._axes.spatial, automatic_devices(x)
@@ -118,11 +122,15 @@ class Positions:
         shape = (*sample.shape[:axis], 3, size // 3, *sample.shape[axis + 1 :])
         axes = self._axes.split(axis)
         sample = sample.reshape(shape)
-        return type(self)(sample, axes), sample, axes.batch.index(axis)
+        return self.of_constant(sample, axes), sample, axes.batch.index(axis)
 
     def _sum_at_once(self, x: Array) -> Array:
+        return self._channels_last(lax.reduce_sum(x, self._axes.spatial))
+
+    def _channels_last(self, x: Array) -> Array:
+        """Moves the channels of what has no spatial axes."""
         channel = sum(axis < self._axes.channel for axis in self._axes.batch)
-        return jnp.moveaxis(lax.reduce_sum(x, self._axes.spatial), channel, -1)
+        return jnp.moveaxis(x, channel, -1)
 
 
 def by_components(function: Callable[..., Any], *arrays: Array) -> Any:

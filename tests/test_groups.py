@@ -92,13 +92,16 @@ def test_two_sums_at_once_are_those_of_each(shape, num_groups, options, placed):
     @jax.jit
     def sums(u, v):
         positions = positions_of(u, axes, u.dtype)
-        return [positions.along(total) for total in positions.unpair(positions.sums(u, v))]
+        return [
+            [positions.along(total) for total in way.unpair(way.sums(u, v))]
+            for way in (positions, positions.of_constant(u))
+        ]
 
-    actual = sums(u, v)
-    for total, values in zip(actual, (u, v), strict=True):
-        wanted = np.asarray(values, np.float64).sum(axes.spatial, keepdims=True)
-        atol = tolerance("float32", u.size) * np.abs(wanted).max()
-        np.testing.assert_allclose(total, wanted, rtol=0, atol=atol)
+    for actual in sums(u, v):
+        for total, values in zip(actual, (u, v), strict=True):
+            wanted = np.asarray(values, np.float64).sum(axes.spatial, keepdims=True)
+            atol = tolerance("float32", u.size) * np.abs(wanted).max()
+            np.testing.assert_allclose(total, wanted, rtol=0, atol=atol)
 
 
 @EVERY_CASE

@@ -346,17 +346,18 @@ def test_the_count_of_compilations_sees_separate_operations():
 @pytest.mark.parametrize(
     ("shape", "num_groups", "sums"),
     [
-        # Over 15 columns, 14 rows and the 8 channels of a group; for k over 2 rows and channels.
-        ((4, 14, 15, 24), 3, 5),
-        # 4 channels are in a product; for k over 2 rows.
-        ((4, 14, 15, 24), 6, 3),
-        # Over 16 columns, 16 rows and what is left; for k over 8 columns and 12 rows.
-        ((1, 128, 128, 24), 6, 5),
+        # Over 15 columns, 14 rows and the 8 channels of a group; for k over its 2 rows and the
+        # channels at once.
+        ((4, 14, 15, 24), 3, 4),
+        # 4 channels are in a product; for k there is nothing else.
+        ((4, 14, 15, 24), 6, 2),
+        # Over 16 columns, 16 rows and what is left; for k over 8 columns.
+        ((1, 128, 128, 24), 6, 4),
         # One group: over 14 columns, 14 rows, what is left and 24 channels; for k over 2 columns,
-        # 3 rows and the channels.
-        ((2, 28, 28, 24), 1, 7),
+        # 3 rows and the channels at once.
+        ((2, 28, 28, 24), 1, 5),
         # 512 channels are two sums each time.
-        ((2, 28, 28, 512), 1, 9),
+        ((2, 28, 28, 512), 1, 7),
     ],
 )
 def test_compiled_every_sum_of_a_block_stays_one(shape, num_groups, sums):
