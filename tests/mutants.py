@@ -690,7 +690,7 @@ MUTANTS = (
     Mutant(
         "two passes for two sums",
         "_blocks.py",
-        "self._blocks = _blocks(x, axes, largest)",
+        "self._blocks = _blocks(x, axes, largest, self._one_by_one)",
         "self._blocks = []",
         ("structure",),
     ),
