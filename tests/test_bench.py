@@ -413,6 +413,16 @@ def test_a_package_that_is_missing_is_absent_once(monkeypatch):
     assert compared(monkeypatch, "cpu")[0]["absent"] == ["torch"]
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
+def test_the_cores_are_those_that_it_may_use(monkeypatch):
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert compared(monkeypatch, "cpu")[0]["environment"]["cores"] == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
 def run(*arguments):
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     return subprocess.run(

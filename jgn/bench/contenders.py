@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import importlib.util
+import os
 import pathlib
 import platform
 import tempfile
@@ -410,6 +411,11 @@ def processor() -> str:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         return next(line for line in lines if line.startswith("model name")).split(": ", 1)[1]
     return platform.machine()
+
+
+def cores() -> int | None:
+    """How many this process may use where the system tells, or else how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def versions() -> dict[str, str]:
