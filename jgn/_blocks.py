@@ -36,7 +36,7 @@ ENOUGH, LONGEST, LONGEST_OF_SEVERAL = 64, 256, 64
 SYMBOLIC_BLOCK, ENOUGH_SYMBOLIC = 8, 4096
 # Of so few equal elements one sum is near enough to their multiple.
 FEW = 128
-# So few positions are added one by one where that costs no gradient.
+# So few positions are added one by one, where no gradient makes paddings of that.
 ONE_BY_ONE = 8
 # How many neighbours in memory a vectorized loop needs. Where they are positions, a block has
 # every position that is so many after another.
@@ -118,14 +118,14 @@ class PositionsInBlocks(Positions):
     many for such a loop.
 
     On one CPU the last few positions of an x without a gradient are added one by one: XLA makes
-    that part of the loop over channels that follows. (A gradient would be as many paddings.)
+    that part of the loop over channels that follows. (A gradient would be a padding for each.)
     """
 
     def __init__(self, x: Array, axes: Axes, has_gradient: bool = True):
         super().__init__(x, axes)
         largest = LARGEST_BLOCK if x.dtype.itemsize > 2 else LARGEST_NARROW_BLOCK
-        is_constant = not has_gradient and isinstance(self.number, int)
-        self._one_by_one = ONE_BY_ONE if is_constant else 1
+        adds = self.on_one_cpu and isinstance(self.number, int) and not has_gradient
+        self._one_by_one = ONE_BY_ONE if adds else 1
         self._blocks = _blocks(x, axes, largest, self._one_by_one)
         self._sums_are_plain = not self._blocks and not self.on_one_cpu
         is_split = any(partitions(x, axis) > 1 for axis in axes.spatial)
@@ -164,7 +164,7 @@ class PositionsInBlocks(Positions):
     def are_padded(self) -> bool:
         return bool(self._blocks) and self._blocks[0].may_be_padded
 
-    def of_constant(self, x: Array, axes: Axes | None = None) -> Positions:
+    def of_sample(self, x: Array, axes: Axes | None = None) -> Positions:
         return PositionsInBlocks(x, axes or self._axes, has_gradient=False)
 
     def once_a_channel(self, *values: Array) -> Sequence[Array]:

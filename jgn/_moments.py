@@ -101,7 +101,7 @@ class Reduction(NamedTuple):
         # sample would travel between them. The last step is a sum, not a product, so that k needs
         # neither `_rounded` nor a kernel for it.
         sample = self.positions.sample(x, stride)
-        positions = self.positions.of(sample)
+        positions = self.positions.of_sample(sample)
         k = self._over_groups(positions.sum(sample * self._inverse_number(positions, x)))
         return k, jnp.zeros_like(k.real)
 
@@ -114,8 +114,9 @@ class Reduction(NamedTuple):
         else:
             sample = self.positions.sample(x, min(stride, SHORT_STRIDE))
         if thirds is None:
-            # Where no loop over channels follows, every loop that wants k would add positions.
-            of = self.positions.of if self.groups.size == 1 else self.positions.of_constant
+            # Where no loop over channels follows, what is added one by one would be added anew in
+            # every loop that wants k.
+            of = self.positions.of if self.groups.size == 1 else self.positions.of_sample
             return self._mean_and_variance(of(sample), sample)
         positions, sample, axis = thirds
         means, variances = self._mean_and_variance(positions, sample)

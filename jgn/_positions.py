@@ -87,8 +87,8 @@ class Positions:
         """Those of another array with the same axes."""
         return type(self)(x, self._axes)
 
-    def of_constant(self, x: Array, axes: Axes | None = None) -> "Positions":
-        """Those of an array without a gradient, with the same axes unless others are given."""
+    def of_sample(self, x: Array, axes: Axes | None = None) -> "Positions":
+        """Those of a sample, which has no gradient, and the same axes unless others are given."""
         return type(self)(x, axes or self._axes)
 
     def sample(self, x: Array, one_in: int, multiple_of: int = 1) -> Array:
@@ -122,7 +122,7 @@ class Positions:
         shape = (*sample.shape[:axis], 3, size // 3, *sample.shape[axis + 1 :])
         axes = self._axes.split(axis)
         sample = sample.reshape(shape)
-        return self.of_constant(sample, axes), sample, axes.batch.index(axis)
+        return self.of_sample(sample, axes), sample, axes.batch.index(axis)
 
     def _sum_at_once(self, x: Array) -> Array:
         return self._channels_last(lax.reduce_sum(x, self._axes.spatial))
