@@ -36,8 +36,6 @@ ENOUGH, LONGEST, LONGEST_OF_SEVERAL = 64, 256, 64
 SYMBOLIC_BLOCK, ENOUGH_SYMBOLIC = 8, 4096
 # Of so few equal elements one sum is near enough to their multiple.
 FEW = 128
-# So few positions are added one by one, where no gradient makes paddings of that.
-ONE_BY_ONE = 8
 # How many neighbours in memory a vectorized loop needs. Where they are positions, a block has
 # every position that is so many after another.
 NEIGHBOURS = 16
@@ -117,16 +115,15 @@ class PositionsInBlocks(Positions):
     Without blocks sums are plain where several devices may share the positions: there may be too
     many for such a loop.
 
-    On one CPU the last few positions of an x without a gradient are added one by one: XLA makes
-    that part of the loop over channels that follows. (A gradient would be a padding for each.)
+    The last few positions may be added one by one, which XLA makes part of the loop over channels
+    that follows, if x has no gradient: that would be a padding for each.
     """
 
-    def __init__(self, x: Array, axes: Axes, has_gradient: bool = True):
+    def __init__(self, x: Array, axes: Axes, few: int = 1):
         super().__init__(x, axes)
         largest = LARGEST_BLOCK if x.dtype.itemsize > 2 else LARGEST_NARROW_BLOCK
-        adds = self.on_one_cpu and isinstance(self.number, int) and not has_gradient
-        self._one_by_one = ONE_BY_ONE if adds else 1
-        self._blocks = _blocks(x, axes, largest, self._one_by_one)
+        self._few = few if isinstance(self.number, int) else 1
+        self._blocks = _blocks(x, axes, largest, self._few)
         self._sums_are_plain = not self._blocks and not self.on_one_cpu
         is_split = any(partitions(x, axis) > 1 for axis in axes.spatial)
         self._explicit_sharding = jax.typeof(x).sharding if is_split else None
@@ -164,8 +161,8 @@ class PositionsInBlocks(Positions):
     def are_padded(self) -> bool:
         return bool(self._blocks) and self._blocks[0].may_be_padded
 
-    def of_sample(self, x: Array, axes: Axes | None = None) -> Positions:
-        return PositionsInBlocks(x, axes or self._axes, has_gradient=False)
+    def of(self, x: Array, axes: Axes | None = None, few: int = 1) -> Positions:
+        return PositionsInBlocks(x, self._axes if axes is None else axes, few)
 
     def once_a_channel(self, *values: Array) -> Sequence[Array]:
         # On one CPU `Groups` sees to that.
@@ -173,7 +170,7 @@ class PositionsInBlocks(Positions):
 
     def _sum_at_once(self, x: Array) -> Array:
         spatial = self._axes.spatial
-        if self._one_by_one == 1 or math.prod(x.shape[axis] for axis in spatial) > self._one_by_one:
+        if self._few == 1 or math.prod(x.shape[axis] for axis in spatial) > self._few:
             return super()._sum_at_once(x)
         for axis in spatial:
             x = functools.reduce(lax.add, lax.split(x, [1] * x.shape[axis], axis))
@@ -218,8 +215,8 @@ class ComplexPositions(Positions):
         )
 
 
-def _blocks(x: Array, axes: Axes, largest: int, one_by_one: int) -> list[Block]:
-    """The blocks of at most so many positions to sum, in this order, until so few are left.
+def _blocks(x: Array, axes: Axes, largest: int, few: int) -> list[Block]:
+    """The blocks of at most so many positions to sum, in this order; none once few are left.
 
     There are none for a single position, nor for too few neighbours in memory. Of an axis that s
     devices may share there are a multiple of s, none of them padded, so that no device has part of
@@ -227,19 +224,17 @@ def _blocks(x: Array, axes: Axes, largest: int, one_by_one: int) -> list[Block]:
     """
     known = {axis: x.shape[axis] for axis in axes.spatial if isinstance(x.shape[axis], int)}
     symbolic = {axis: x.shape[axis] for axis in axes.spatial if axis not in known}
-    blocks = _blocks_of_known_sizes(x, known, largest, one_by_one)
+    blocks = _blocks_of_known_sizes(x, known, largest, few)
     if symbolic and devices_of_a_sample(x, axes) == 1:
         blocks += _blocks_of_symbolic_sizes(x, symbolic, _positions_in(blocks))
     return blocks
 
 
-def _blocks_of_known_sizes(
-    x: Array, sizes: dict[int, int], largest: int, one_by_one: int
-) -> list[Block]:
+def _blocks_of_known_sizes(x: Array, sizes: dict[int, int], largest: int, few: int) -> list[Block]:
     """Those of whole blocks, if there are large ones, else those that cost least with padding."""
     sizes, blocks = dict(sizes), []
     shares = {axis: math.gcd(size, devices_of_an_axis(x, axis)) for axis, size in sizes.items()}
-    while math.prod(sizes.values()) > one_by_one and (
+    while math.prod(sizes.values()) > few and (
         _positions_in(blocks) < ENOUGH or _is_long(sizes.values())
     ):
         possible = [

@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jgn._axes import Axes
 from jgn._devices import varying_as
 from jgn._groups import Groups
 from jgn._positions import Positions, by_components
@@ -101,7 +102,7 @@ class Reduction(NamedTuple):
         # sample would travel between them. The last step is a sum, not a product, so that k needs
         # neither `_rounded` nor a kernel for it.
         sample = self.positions.sample(x, stride)
-        positions = self.positions.of_sample(sample)
+        positions = self.positions.of(sample)
         k = self._over_groups(positions.sum(sample * self._inverse_number(positions, x)))
         return k, jnp.zeros_like(k.real)
 
@@ -114,15 +115,16 @@ class Reduction(NamedTuple):
         else:
             sample = self.positions.sample(x, min(stride, SHORT_STRIDE))
         if thirds is None:
-            # Where no loop over channels follows, what is added one by one would be added anew in
-            # every loop that wants k.
-            of = self.positions.of if self.groups.size == 1 else self.positions.of_sample
-            return self._mean_and_variance(of(sample), sample)
-        positions, sample, axis = thirds
+            return self._mean_and_variance(self._positions_of_sample(sample), sample)
+        axes, sample, axis = thirds
+        positions = self._positions_of_sample(sample, axes)
         means, variances = self._mean_and_variance(positions, sample)
         k = by_components(lambda means: _median(*_unstacked(means, axis)), means)
         q = functools.reduce(lax.min, _unstacked(variances, axis))
         return self.groups.once_a_group(k), self.groups.once_a_group(q)
+
+    def _positions_of_sample(self, sample: Array, axes: Axes | None = None) -> Positions:
+        return self.positions.of(sample, axes, few=self.groups.few_positions)
 
     def _mean_and_variance(self, positions: Positions, x: Array) -> tuple[Array, Array]:
         """Those of all of x in every group; 0 for a variance that would mostly be rounding."""

@@ -83,13 +83,13 @@ class Positions:
             return values  # ONNX's converters, which trace so, know no barrier; none is needed.
         return tuple(lax.optimization_barrier(_stacked(*values)))
 
-    def of(self, x: Array) -> "Positions":
-        """Those of another array with the same axes."""
-        return type(self)(x, self._axes)
+    def of(self, x: Array, axes: Axes | None = None, few: int = 1) -> "Positions":
+        """Those of another array, along the same axes unless others are given.
 
-    def of_sample(self, x: Array, axes: Axes | None = None) -> "Positions":
-        """Those of a sample, which has no gradient, and the same axes unless others are given."""
-        return type(self)(x, axes or self._axes)
+        few: So many positions may be added one by one, if x has no gradient.
+        """
+        del few
+        return type(self)(x, self._axes if axes is None else axes)
 
     def sample(self, x: Array, one_in: int, multiple_of: int = 1) -> Array:
         """At least one in so many positions of x; `sample_of` says which."""
@@ -107,7 +107,7 @@ class Positions:
                 x = taken.of(x, axis)
         return x
 
-    def in_thirds(self, sample: Array) -> tuple["Positions", Array, int] | None:
+    def in_thirds(self, sample: Array) -> tuple[Axes, Array, int] | None:
         """A sample whose last axis of several positions is in three parts; None if it cannot be.
 
         The thirds are one more batch axis: which of these, is the last result.
@@ -121,14 +121,13 @@ class Positions:
             return None
         shape = (*sample.shape[:axis], 3, size // 3, *sample.shape[axis + 1 :])
         axes = self._axes.split(axis)
-        sample = sample.reshape(shape)
-        return self.of_sample(sample, axes), sample, axes.batch.index(axis)
+        return axes, sample.reshape(shape), axes.batch.index(axis)
 
     def _sum_at_once(self, x: Array) -> Array:
         return self._channels_last(lax.reduce_sum(x, self._axes.spatial))
 
     def _channels_last(self, x: Array) -> Array:
-        """Moves the channels of what has no spatial axes."""
+        """Moves the channels of a sum behind the batch axes."""
         channel = sum(axis < self._axes.channel for axis in self._axes.batch)
         return jnp.moveaxis(x, channel, -1)
 

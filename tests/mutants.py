@@ -202,9 +202,16 @@ MUTANTS = (
     ),
     Mutant(
         "a few positions of the sample summed in a loop of their own",
-        "_blocks.py",
-        "ONE_BY_ONE = 8\n",
-        "ONE_BY_ONE = 1\n",
+        "_moments.py",
+        "few=self.groups.few_positions)",
+        "few=1)",
+        ("structure",),
+    ),
+    Mutant(
+        "positions added along with channels that are not added lane by lane",
+        "_groups.py",
+        "LARGEST_BLOCK * LANES // self.size) if has_lanes else 1",
+        "LARGEST_BLOCK * LANES // self.size)",
         ("structure",),
     ),
     Mutant(
@@ -217,15 +224,8 @@ MUTANTS = (
     Mutant(
         "positions added one by one where that has a gradient",
         "_blocks.py",
-        "has_gradient: bool = True",
-        "has_gradient: bool = False",
-        ("structure",),
-    ),
-    Mutant(
-        "a channel's few positions added anew wherever k is wanted",
-        "_moments.py",
-        "if self.groups.size == 1 else",
-        "if self.groups.size == 0 else",
+        "axes: Axes, few: int = 1):",
+        "axes: Axes, few: int = 5):",
         ("structure",),
     ),
     Mutant(
@@ -690,7 +690,7 @@ MUTANTS = (
     Mutant(
         "two passes for two sums",
         "_blocks.py",
-        "self._blocks = _blocks(x, axes, largest, self._one_by_one)",
+        "self._blocks = _blocks(x, axes, largest, self._few)",
         "self._blocks = []",
         ("structure",),
     ),

@@ -346,18 +346,21 @@ def test_the_count_of_compilations_sees_separate_operations():
 @pytest.mark.parametrize(
     ("shape", "num_groups", "sums"),
     [
-        # Over 15 columns, 14 rows and the 8 channels of a group; for k over its 2 rows and the
-        # channels at once.
-        ((4, 14, 15, 24), 3, 4),
-        # 4 channels are in a product; for k there is nothing else.
-        ((4, 14, 15, 24), 6, 2),
-        # Over 16 columns, 16 rows and what is left; for k over 8 columns.
-        ((1, 128, 128, 24), 6, 4),
+        # Over 15 columns, 14 rows and the 8 channels of a group; for k over 2 rows and channels.
+        ((4, 14, 15, 24), 3, 5),
+        # 4 channels are in a product; for k over 2 rows.
+        ((4, 14, 15, 24), 6, 3),
+        # Over 16 columns, 16 rows and what is left; for k over 8 columns and 12 rows.
+        ((1, 128, 128, 24), 6, 5),
         # One group: over 14 columns, 14 rows, what is left and 24 channels; for k over 2 columns,
-        # 3 rows and the channels at once.
-        ((2, 28, 28, 24), 1, 5),
+        # 3 rows and the channels.
+        ((2, 28, 28, 24), 1, 7),
         # 512 channels are two sums each time.
-        ((2, 28, 28, 512), 1, 7),
+        ((2, 28, 28, 512), 1, 9),
+        # So are 32; but for k over its 2 rows and the 4 channels of a lane at once.
+        ((4, 14, 15, 64), 2, 6),
+        # Over 16 positions and channels; for k over its 3 positions along with channels.
+        ((2, 16, 64), 2, 5),
     ],
 )
 def test_compiled_every_sum_of_a_block_stays_one(shape, num_groups, sums):
