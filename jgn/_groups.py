@@ -44,7 +44,7 @@ class Groups:
         self._broadcasts_on_one_cpu = on_one_cpu and not self._multiplies
         has_lanes = self._broadcasts_on_one_cpu and self.size >= MANY
         self._lane_shape = _split_into_lanes(self.size) if has_lanes else (self.size, 1, 1)
-        # How many positions may be added along with the channels of a lane, the loop unrolled still.
+        # How many positions may be added along with the channels of a lane, still unrolled.
         self.few_positions = max(1, LARGEST_BLOCK * LANES // self.size) if has_lanes else 1
         sharding = jax.typeof(x).sharding
         self._mesh, self._channel_names = sharding.mesh, sharding.spec[axes.channel]
