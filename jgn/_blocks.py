@@ -116,7 +116,7 @@ class PositionsInBlocks(Positions):
     many for such a loop.
 
     The last few positions may be added one by one, which XLA makes part of the loop over channels
-    that follows, if x has no gradient: that would be a padding for each.
+    that follows, if x has no gradient; it would be a padding for each.
     """
 
     def __init__(self, x: Array, axes: Axes, few: int = 1):
