@@ -102,7 +102,7 @@ class Reduction(NamedTuple):
         # sample would travel between them. The last step is a sum, not a product, so that k needs
         # neither `_rounded` nor a kernel for it.
         sample = self.positions.sample(x, stride)
-        positions = self.positions.of(sample)
+        positions = self._positions_of_sample(sample)
         k = self._over_groups(positions.sum(sample * self._inverse_number(positions, x)))
         return k, jnp.zeros_like(k.real)
 
@@ -124,6 +124,7 @@ class Reduction(NamedTuple):
         return self.groups.once_a_group(k), self.groups.once_a_group(q)
 
     def _positions_of_sample(self, sample: Array, axes: Axes | None = None) -> Positions:
+        """Those of an array without a gradient, along the axes of x unless others are given."""
         return self.positions.of(sample, axes, few=self.groups.few_positions)
 
     def _mean_and_variance(self, positions: Positions, x: Array) -> tuple[Array, Array]:

@@ -222,6 +222,13 @@ MUTANTS = (
         ("groups",),
     ),
     Mutant(
+        "positions added one by one though nobody knows how many",
+        "_blocks.py",
+        "self._few = few if isinstance(self.number, int) else 1",
+        "self._few = few",
+        ("transformations",),
+    ),
+    Mutant(
         "positions added one by one where that has a gradient",
         "_blocks.py",
         "axes: Axes, few: int = 1):",

@@ -92,6 +92,7 @@ def test_two_sums_at_once_are_those_of_each(shape, num_groups, options, placed):
     @jax.jit
     def sums(u, v):
         positions = positions_of(u, axes, u.dtype)
+        # On a mesh nothing is added one by one.
         return [
             [positions.along(total) for total in way.unpair(way.sums(u, v))]
             for way in (positions, positions.of(u, few=8 if placed is np.asarray else 1))

@@ -280,6 +280,17 @@ def test_a_symbolic_size_may_be_none(cut):
         chex.assert_trees_all_close(exported.call(x), y_and_gradient(x), **CLOSE)
 
 
+def test_large_groups_may_have_symbolic_sizes():
+    """Their channels are added lane by lane, along with positions if these are known to be few."""
+    channels = 32 * GROUPS
+    shape = jax.ShapeDtypeStruct(export.symbolic_shape(f"n, h, w, {channels}"), jnp.float32)
+    normalized = jax.jit(lambda x: jgn.group_norm(x, GROUPS))
+    exported = export.export(normalized)(shape)
+    for height, width in ((1, 1), (2, 3), (16, 9)):
+        x = jnp.asarray(random((2, height, width, channels)))
+        chex.assert_trees_all_close(exported.call(x), normalized(x), **CLOSE)
+
+
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_it_lowers_for_every_platform(platform):
     def value_and_gradients(x, scale, bias):
