@@ -86,6 +86,81 @@ def truncate_a_file(out: pathlib.Path, generator: random.Random) -> str | None:
     return str(file.relative_to(out))
 
 
+class Trial:
+    """A run that is killed, damaged and started again, beside one that nobody disturbs."""
+
+    def __init__(self, directory: pathlib.Path):
+        self.undisturbed, self.out = directory / "undisturbed", directory / "disturbed"
+        alone = subprocess.run(
+            command(self.undisturbed), check=True, capture_output=True, text=True
+        )
+        self.lines = epochs_in(alone.stdout)
+        assert list(self.lines) == list(range(1, EPOCHS + 1)), alone.stdout
+        self.printed_epochs: set[int] = set()
+        self.damaged: str | None = None
+        self.kills = self.damages = self.refusals = self.ends = self.seen = 0
+
+    def damage(self, generator: random.Random) -> None:
+        self.damaged = truncate_a_file(self.out, generator)
+        self.damages += self.damaged is not None
+
+    def start_and_kill(self, seconds: float, once_it_learns: bool) -> None:
+        before = finished_epochs(self.out)
+        printed, errors, ended = run_for(self.out, seconds, once_it_learns)
+        if before and printed:
+            assert printed.startswith(f"going on after epoch {before[-1]} of "), printed
+        assert epochs_in(printed).items() <= self.lines.items(), printed
+        self.printed_epochs |= set(epochs_in(printed))
+        if ended and errors:
+            self._accept_refusal(before, errors)
+            return
+        self.kills += not ended
+        self.seen += 0 if ended else len(epochs_in(printed))
+        self._find_every_epoch(before)
+        if ended:
+            self.compare()
+            self.ends += 1
+            shutil.rmtree(self.out)
+            self.printed_epochs.clear()
+            self.damaged = None
+
+    def _accept_refusal(self, before: list[int], errors: str) -> None:
+        """A damaged newest checkpoint is refused, with the way out, and nothing changes."""
+        assert self.damaged, f"refused without damage: {errors}"
+        assert re.fullmatch(r"error: .+\n", errors), errors
+        newest = self.out / "checkpoints" / str(before[-1])
+        assert str(newest) in errors, errors
+        assert finished_epochs(self.out) == before
+        print(f"refused after damage to {self.damaged}: {errors.strip()}", flush=True)
+        self.refusals += 1
+        self.damaged = None
+        shutil.rmtree(newest)
+        self.printed_epochs.discard(before[-1])
+
+    def _find_every_epoch(self, before: list[int]) -> None:
+        """None is lost that was there, or was printed as finished."""
+        after = finished_epochs(self.out)
+        newest, newest_printed = max(after, default=0), max(self.printed_epochs, default=0)
+        assert newest >= max(before, default=0), (before, after)
+        assert newest >= newest_printed, (self.printed_epochs, after)
+        if self.damaged and newest > before[-1]:
+            self.damaged = None  # The file's end did not matter: the arrays have their digest.
+        print(f"{self.kills} kills, epoch {newest_printed} printed, {newest} finished", flush=True)
+
+    def finish(self) -> None:
+        subprocess.run(command(self.out), check=True, capture_output=True)
+        self.compare()
+        assert self.seen, "no run that was killed had printed an epoch: nothing was tried"
+
+    def compare(self) -> None:
+        """It has ended as the other one did."""
+        runs = self.out, self.undisturbed
+        metrics = [(run / "metrics.json").read_bytes() for run in runs]
+        assert metrics[0] == metrics[1]
+        digests = [digest_of_newest_checkpoint(run) for run in runs]
+        assert digests[0] == digests[1]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
@@ -93,71 +168,19 @@ def main() -> int:
     options = parser.parse_args()
     generator = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as directory:
-        undisturbed, disturbed = (pathlib.Path(directory) / name for name in ("a", "b"))
-        alone = subprocess.run(command(undisturbed), check=True, capture_output=True, text=True)
-        lines = epochs_in(alone.stdout)
-        assert list(lines) == list(range(1, EPOCHS + 1)), alone.stdout
-        printed_epochs: set[int] = set()
-        kills = damages = refusals = restarts = seen = 0
-        damaged = None
-        while kills < options.kills or damaged:
-            before = finished_epochs(disturbed)
-            if kills < options.kills and kills % 3 == 2 and not damaged:
-                damaged = truncate_a_file(disturbed, generator)
-                damages += damaged is not None
+        trial = Trial(pathlib.Path(directory))
+        while trial.kills < options.kills or trial.damaged:
+            if trial.kills < options.kills and trial.kills % 3 == 2 and not trial.damaged:
+                trial.damage(generator)
             once_it_learns = generator.random() < 0.5
-            seconds = generator.uniform(0, 4 if once_it_learns else 12)
-            printed, errors, ended = run_for(disturbed, seconds, once_it_learns)
-            if before and printed:
-                assert printed.startswith(f"going on after epoch {before[-1]} of "), printed
-            assert epochs_in(printed).items() <= lines.items(), printed
-            printed_epochs |= set(epochs_in(printed))
-            if ended and errors:
-                # A damaged newest checkpoint is refused, with the way out, and nothing changes.
-                assert damaged, f"refused without damage: {errors}"
-                assert re.fullmatch(r"error: .+\n", errors), errors
-                newest = disturbed / "checkpoints" / str(before[-1])
-                assert str(newest) in errors, errors
-                assert finished_epochs(disturbed) == before
-                refusals += 1
-                print(f"refused after damage to {damaged}: {errors.strip()}", flush=True)
-                shutil.rmtree(newest)
-                printed_epochs.discard(before[-1])
-                damaged = None
-                continue
-            kills += not ended
-            after = finished_epochs(disturbed)
-            assert max(after, default=0) >= max(before, default=0), (before, after)
-            assert max(after, default=0) >= max(printed_epochs, default=0), (printed_epochs, after)
-            seen += 0 if ended else len(epochs_in(printed))
-            if damaged and after[-1] > before[-1]:
-                damaged = None  # The file's end did not matter: the arrays have their digest.
-            print(
-                f"{kills} kills, epoch {max(printed_epochs, default=0)} printed, "
-                f"{max(after, default=0)} finished",
-                flush=True,
-            )
-            if ended:  # It is done: compare, and begin anew for the kills that are left.
-                compare(disturbed, undisturbed)
-                restarts += 1
-                shutil.rmtree(disturbed)
-                printed_epochs.clear()
-                damaged = None
-        subprocess.run(command(disturbed), check=True, capture_output=True)
-        compare(disturbed, undisturbed)
-    assert seen, "no run that was killed had printed an epoch: nothing was tried"
+            trial.start_and_kill(generator.uniform(0, 4 if once_it_learns else 12), once_it_learns)
+        trial.finish()
     print(
-        f"{kills} kills and {damages} truncated files, {refusals} of them refused, in "
-        f"{restarts + 1} runs: none of {seen} epochs lost that were printed as finished before "
-        "a kill, and the same lines and bits as without"
+        f"{trial.kills} kills and {trial.damages} truncated files, {trial.refusals} of them "
+        f"refused, in {trial.ends + 1} runs: none of {trial.seen} epochs lost that were printed as "
+        "finished before a kill, and the same lines and bits as without"
     )
     return 0
-
-
-def compare(out: pathlib.Path, undisturbed: pathlib.Path) -> None:
-    assert (out / "metrics.json").read_bytes() == (undisturbed / "metrics.json").read_bytes()
-    digests = [digest_of_newest_checkpoint(run) for run in (out, undisturbed)]
-    assert digests[0] == digests[1]
 
 
 def digest_of_newest_checkpoint(out: pathlib.Path) -> str:

@@ -21,6 +21,7 @@ from jgn.bench.contenders import BOTH, FORWARD
 from jgn.bench.workloads import WORKLOADS
 
 EVERY_CONTENDER = pytest.mark.parametrize("name", ["jgn", "flax", "haiku", "equinox"])
+SMALL = {workload.name: workload.small() for workload in WORKLOADS}
 EVERY_WORKLOAD = pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.name)
 
 
@@ -195,7 +196,7 @@ def test_torch_computes_the_same(torchs_results, workload):
 
 
 def test_the_reference_is_the_equation():
-    workload = WORKLOADS[0].small()
+    workload = SMALL["resnet-1"]
     x, scale, bias, _ = workload.inputs(0)
     expected = wanted(workload)[0][0]
     found = contenders.reference(x, scale, bias, workload)
@@ -203,7 +204,7 @@ def test_the_reference_is_the_equation():
 
 
 def test_every_pass_of_the_floor_does_what_its_name_says():
-    workload = WORKLOADS[5].small()  # Its channels are first.
+    workload = SMALL["resnet-2-first"]
     x, scale, bias, _ = workload.inputs(0)
     floor = contenders.make("floor", workload, "float32", 0, jax.default_backend())
     x = x.astype(np.float64)
@@ -229,7 +230,7 @@ def test_the_cotangent_comes_of_y(monkeypatch):
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", recorded)
     monkeypatch.setitem(contenders._JAX, "jgn", lambda _: lambda x, scale, bias: x * scale + bias)
-    contenders.make("jgn", WORKLOADS[0].small(), "float32", 0, jax.default_backend())
+    contenders.make("jgn", SMALL["resnet-1"], "float32", 0, jax.default_backend())
     (both,) = (program for program in programs if "%arg3" in program)
     assert both.count("%arg3") == 2, "an argument, and that of one operation"
     y = re.search(r"(%\d+):2 = stablehlo.optimization_barrier %\d+, %arg3", both)
@@ -239,7 +240,7 @@ def test_the_cotangent_comes_of_y(monkeypatch):
 
 def test_temporary_bytes_are_those_of_each_program():
     # flax's backward pass has arrays of x's size between kernels, its forward pass has none.
-    workload = WORKLOADS[15].small()
+    workload = SMALL["pyramid-5"]
     facts = contenders.make("flax", workload, "float32", 0, jax.default_backend()).facts()
     assert facts["forward_temporary_bytes"] < facts["temporary_bytes"]
 
@@ -254,7 +255,7 @@ def test_torch_is_called_in_whichever_layout_is_faster(monkeypatch):
     monkeypatch.setattr(contenders.Torch, "_both", called(False))
     # Only the best time counts.
     monkeypatch.setattr(contenders, "times", lambda call, *_: [1.0, 9.0] if call() else [2.0])
-    torch = contenders.make("torch", WORKLOADS[0].small(), "float32", 0, "cpu")
+    torch = contenders.make("torch", SMALL["resnet-1"], "float32", 0, "cpu")
     assert all(call() for call in torch.calls.values())
     assert list(torch.facts()["layouts"].values()) == ["contiguous_format", "channels_last"]
 
@@ -288,7 +289,7 @@ def test_on_a_gpu_a_call_takes_as_long_as_its_kernels():
 @pytest.mark.parametrize("name", ["floor", "jgn"])
 def test_the_profiler_sees_the_kernels_of_a_gpu_and_none_of_a_cpu(name):
     platform = jax.default_backend()
-    contender = contenders.make(name, WORKLOADS[0].small(), "float32", 0, platform)
+    contender = contenders.make(name, SMALL["resnet-1"], "float32", 0, platform)
     worked = []
     found = contender.kernels(lambda: worked.append([call() for call in contender.calls.values()]))
     assert len(worked) == 1
@@ -307,11 +308,11 @@ def test_torch_is_not_timed_on_another_device_than_jax():
     if torch.cuda.is_available():
         pytest.skip("torch has a GPU")
     with pytest.raises(RuntimeError, match="torch must have JAX's device, a gpu: it has a CPU"):
-        contenders.make("torch", WORKLOADS[0].small(), "float32", 0, "gpu")
+        contenders.make("torch", SMALL["resnet-1"], "float32", 0, "gpu")
 
 
 def test_a_worker_tells_its_error_and_is_started_again_after_its_end():
-    workload = WORKLOADS[0].small()
+    workload = SMALL["resnet-1"]
     options = {"dtype": "float32", "seed": 0, "platform": "cpu"}
     worker = Worker("jgn", {})
     try:
