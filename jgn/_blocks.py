@@ -34,8 +34,8 @@ ENOUGH, LONGEST, LONGEST_OF_SEVERAL = 64, 256, 64
 # Symbolic axes have blocks of so many positions, until these cover so many in all: to pad at most 7
 # is cheap, and what is left is mostly short.
 SYMBOLIC_BLOCK, ENOUGH_SYMBOLIC = 8, 4096
-# Of so few equal elements one sum is near enough to their multiple.
-FEW = 128
+# Of so many equal elements, at most, one sum is near enough to their multiple.
+MOST_OF_ONE_SUM = 128
 # How many neighbours in memory a vectorized loop needs. Where they are positions, a block has
 # every position that is so many after another.
 NEIGHBOURS = 16
@@ -129,8 +129,8 @@ class PositionsInBlocks(Positions):
         self._explicit_sharding = jax.typeof(x).sharding if is_split else None
 
     def sum(self, x: Array) -> Array:
-        few = isinstance(self.number, int) and self.number <= FEW
-        if few or not self._blocks:
+        one_sum_will_do = isinstance(self.number, int) and self.number <= MOST_OF_ONE_SUM
+        if one_sum_will_do or not self._blocks:
             return self._sum_at_once(x)
         return self._sum_at_once(self._sums_of_blocks(x, x).real)
 

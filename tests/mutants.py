@@ -788,8 +788,8 @@ MUTANTS = (
     Mutant(
         "long sums at once for k",
         "_blocks.py",
-        "FEW = 128\n",
-        "FEW = 2**30\n",
+        "MOST_OF_ONE_SUM = 128\n",
+        "MOST_OF_ONE_SUM = 2**30\n",
         ("structure",),
     ),
     Mutant(
