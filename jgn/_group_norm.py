@@ -196,7 +196,7 @@ def _group_norm(
     positions = positions_of(x, axes, compute_dtype)
     groups = Groups(stopped, axes, num_groups, positions)
     reduction = Reduction(positions, groups, mask, shards)
-    (k, q), n = reduction.shifts(stopped), reduction.number(stopped)
+    k, q, n = reduction.shifts(stopped)
     residuals = MOMENTS if positions.on_one_cpu else SUMS
     activation = activation_without.with_arrays(activation_arrays)
 
@@ -279,7 +279,10 @@ def _inverse_sqrt(x: Array) -> Array:
     Unlike those of `lax.rsqrt`, the intermediate values of its derivative stay in range wherever x
     itself does.
     """
-    return 1 / jnp.sqrt(lax.select(x == 0, jnp.full_like(x, jnp.inf), x))
+    is_zero = x == 0
+    root = jnp.sqrt(lax.select(is_zero, jnp.ones_like(x), x))
+    # Of a root itself XLA:CPU would approximate the reciprocal, in each loop in its own way.
+    return 1 / lax.select(is_zero, jnp.full_like(x, jnp.inf), root)
 
 
 def _rows(values: Array, x: Array, axes: Axes) -> Array:

@@ -22,6 +22,8 @@ LANES = 8
 # Neighbours XLA:CPU adds one after another. So many of them, or more, are added lane by lane first;
 # along two axes, as along one it would add so many after so many, in a loop more.
 MANY = 32
+# How many rows of a product XLA:CPU makes at once. It sums rows that are left in another order.
+ROWS = 4
 
 
 class Groups:
@@ -62,7 +64,7 @@ class Groups:
         groups = (*per_channel.shape[:-1], self._num_groups)
         if self._multiplies:
             grouped = per_channel.reshape(*groups, self.size)
-            return _matmul(grouped, _first_of_two(self.size, grouped.dtype))[..., 0]
+            return _product(grouped, _first_of_two(self.size, grouped.dtype))[..., 0]
         # Conjugated in between, as pairs by blocks are: else XLA would make one sum of the two.
         # A sum along two axes, even if one has size 1, it does not merge with that over positions.
         of_lanes = per_channel.reshape(*groups, *self._lane_shape).sum((-3, -2))
@@ -81,7 +83,7 @@ class Groups:
             # Padded, as zeros to be joined would lack the shardings that `jax.vmap` adds.
             one_column, zero = per_group[..., None], jnp.zeros((), per_group.dtype)
             two_columns = lax.pad(one_column, zero, [(0, 0, 0)] * per_group.ndim + [(0, 1, 0)])
-            grouped = _matmul(two_columns, _first_of_two(self.size, per_group.dtype).T)
+            grouped = _product(two_columns, _first_of_two(self.size, per_group.dtype).T)
         else:
             lanes = (*per_group.shape, self._lane_shape[-1])
             of_lanes = jnp.conj(jnp.broadcast_to(jnp.conj(per_group)[..., None], lanes))
@@ -143,5 +145,12 @@ def _first_of_two(size: int, dtype: Any) -> np.ndarray:
     return np.tile(np.array([1, 0], dtype), (size, 1))
 
 
-def _matmul(a: Array, b: np.ndarray) -> Array:
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+def _product(rows: Array, matrix: np.ndarray) -> Array:
+    """A matrix product of all groups' rows, each of which is summed in the same order."""
+    groups = rows.shape[-2]
+    more = -groups % ROWS
+    if more:
+        behind = [(0, 0, 0)] * (rows.ndim - 2) + [(0, more, 0), (0, 0, 0)]
+        rows = lax.pad(rows, jnp.zeros((), rows.dtype), behind)
+    product = jnp.matmul(rows, matrix, precision=lax.Precision.HIGHEST)
+    return product[..., :groups, :] if more else product

@@ -84,13 +84,25 @@ class Reduction(NamedTuple):
     mask: Array | None
     shards: Shards
 
-    def shifts(self, x: Array) -> tuple[Array, Array]:
-        """k and q of every group."""
+    def shifts(self, x: Array) -> tuple[Array, Array, Array]:
+        """k and q of every group, and n: how many of its elements count, but at least 1."""
         if self.mask is not None:
-            # The sample is all of x, and to square it would take as long as the moments do.
-            total = self._over_groups(self.positions.sum(self._where_counted(x)))
-            k = _rounded(total * jnp.asarray(1 / self._count(x), x.dtype))
-            return k, jnp.zeros_like(k.real)
+            return self._shifts_of_all_that_counts(x)
+        k, q = self._shifts_of_sample(x)
+        n = jnp.asarray(self._number(self.positions), jnp.finfo(x.dtype).dtype)
+        # XLA:CPU would multiply by the reciprocal of a number that it knows. A quotient it computes
+        # once a group, a product for every position again.
+        return k, q, lax.optimization_barrier(n) if self.positions.on_one_cpu else n
+
+    def _shifts_of_all_that_counts(self, x: Array) -> tuple[Array, Array, Array]:
+        counts = self._where_counted(jnp.ones_like(x))
+        # To square them, too, would take as long as the moments do.
+        sums = self._over_groups(self.positions.sums(self._where_counted(x), counts))
+        total, number = self.positions.unpair(sums)
+        n = jnp.maximum(number.real, 1)
+        return total / n.astype(x.dtype), jnp.zeros_like(n), n
+
+    def _shifts_of_sample(self, x: Array) -> tuple[Array, Array]:
         number = self.positions.number
         is_known = isinstance(number, int)  # Symbolic sizes may be small, and have no thirds.
         stride = (
@@ -137,13 +149,6 @@ class Reduction(NamedTuple):
         mean, mean_square = positions.unpair(pair)
         return mean, _significant_variance(mean, mean_square.real)
 
-    def number(self, x: Array) -> Array:
-        """n: how many elements of every group count, but at least 1."""
-        n = jnp.asarray(self._count(x), jnp.finfo(x.dtype).dtype)
-        # XLA:CPU would multiply by the reciprocal of a number that it knows. A quotient it computes
-        # once a group, a product for every position again.
-        return lax.optimization_barrier(n) if self.positions.on_one_cpu else n
-
     def moments(self, x: Array, k: Array, q: Array, n: Array) -> tuple[Array, Array]:
         """m = E[d] of every group, and σ², or what rounding makes of 0."""
         along_k, along_q = map(self.positions.along, self.groups.spread_both(k, q))
@@ -153,7 +158,8 @@ class Reduction(NamedTuple):
         sum_d, sum_shifted = self.positions.unpair(kept(sums, SUMS))
         m = kept(sum_d / n.astype(d.dtype), MOMENTS)
         # One quotient, so that backward there is one, too: the gradient of Σ(|d|² − q).
-        return m, kept((sum_shifted.real - n * _squared_magnitude(m)) / n + q, MOMENTS)
+        variance = (sum_shifted.real - _rounded(n * _squared_magnitude(_rounded(m)))) / n + q
+        return m, kept(variance, MOMENTS)
 
     def to_channels(self, u: Array, v: Array, x: Array) -> tuple[Array, Array]:
         """Gives every channel of x its group's u and v."""
@@ -164,13 +170,6 @@ class Reduction(NamedTuple):
 
     def _where_counted(self, values: Array) -> Array:
         return values if self.mask is None else jnp.where(self.mask, values, 0)
-
-    def _count(self, x: Array) -> Any:
-        """How many elements of x count in every group, but at least 1: a number where known."""
-        if self.mask is None:
-            return self._number(self.positions)
-        counted = self.positions.count(self.mask, jnp.finfo(x.dtype).dtype)
-        return jnp.maximum(self._over_groups(counted), 1)
 
     def _number(self, positions: Positions) -> Any:
         """How many elements every group has at these positions."""
@@ -211,7 +210,7 @@ def _median(a: Array, b: Array, c: Array) -> Array:
 
 def _significant_variance(mean: Array, mean_square: Array) -> Array:
     """E[|x|²] − |E[x]|² where that has digits that are not noise, else 0."""
-    variance = mean_square - _squared_magnitude(mean)
+    variance = mean_square - _rounded(_squared_magnitude(mean))
     return lax.select(variance > SIGNIFICANT * mean_square, variance, jnp.zeros_like(variance))
 
 
@@ -221,20 +220,21 @@ def mean(k: Array, m: Array, variance: Array) -> tuple[Array, Array]:
     The pivot is μ, rounded: x minus it is exact for x near μ, and 0 for x equal to it. For μ near 0
     it is 0: then x minus it is exact for all x.
     """
-    rounded = lax.stop_gradient(k + _rounded(m))
-    near_zero = lax.stop_gradient(_squared_magnitude(rounded) < NEAR_ZERO**2 * variance)
-    pivot = lax.select(near_zero, jnp.zeros_like(rounded), rounded)
+    nearest = lax.stop_gradient(k + _rounded(m))
+    near_zero = lax.stop_gradient(_squared_magnitude(nearest) < NEAR_ZERO**2 * variance)
+    pivot = lax.select(near_zero, jnp.zeros_like(nearest), nearest)
     return pivot, m - (pivot - k)
 
 
 def _rounded(x: Array) -> Array:
-    """Rounds x, wherever it is computed, in the same way.
+    """Rounds x, wherever it is computed, and x's cotangent, in the same way.
 
-    Where two loops compute x, XLA may contract the product that gives it and a sum that follows in
-    only one of them. Then the two differ by an ulp of μ, where μ must cancel.
+    Of several loops that compute a product and a sum that follows, XLA:CPU may contract the two in
+    one, but not in another: where x has two uses, μ would be off by an ulp where it must cancel,
+    and a sample's result would depend on how many there are in the batch.
     """
-    largest = jnp.finfo(x.dtype).max
-    return by_components(lambda real: jnp.maximum(jnp.minimum(real, largest), -largest), x)
+    limits = jnp.finfo(x.dtype)
+    return by_components(lambda real: lax.clamp(limits.min, real, limits.max), x)
 
 
 def _squared_magnitude(d: Array) -> Array:

@@ -23,8 +23,7 @@ class Positions:
     def __init__(self, x: Array, axes: Axes):
         self._shape = x.shape
         self._axes = axes
-        self._may_be_shared = devices_of_a_sample(x, axes) > 1
-        self.on_one_cpu = is_traced_for("cpu") and not self._may_be_shared
+        self.on_one_cpu = is_traced_for("cpu") and devices_of_a_sample(x, axes) == 1
 
     @property
     def number(self) -> Any:
@@ -35,15 +34,6 @@ class Positions:
     def are_padded(self) -> bool:
         """Whether the loop over x that sums over them has branches, for padding."""
         return False
-
-    def count(self, mask: Array, dtype: Any) -> Array:
-        """How many positions are True in a mask of x's rank, (*batch, channels)."""
-        repeated = (axis for axis in self._axes.spatial if mask.shape[axis] == 1)
-        repeats = math.prod(self._shape[axis] for axis in repeated)
-        shape = [self._shape[axis] for axis in (*self._axes.batch, self._axes.channel)]
-        # A mask may be split otherwise than x, and what is blocked for x could cut it.
-        sums = self._sum_at_once if self._may_be_shared else self.of(mask).sum
-        return jnp.broadcast_to(sums(mask.astype(dtype)) * repeats, shape)
 
     def sum(self, x: Array) -> Array:
         """Σx over all positions, (*batch, channels)."""

@@ -30,7 +30,7 @@ class Mutant(NamedTuple):
     tests: tuple[str, ...]
 
 
-VARIANCE = "(sum_shifted.real - n * _squared_magnitude(m)) / n + q"
+VARIANCE = "(sum_shifted.real - _rounded(n * _squared_magnitude(_rounded(m)))) / n + q"
 CLAMPED = "zero_where(constant, measured)"
 SHARED = "        sums = self._over_groups(self.positions.sums(d, shifted))\n"
 
@@ -168,15 +168,15 @@ MUTANTS = (
     Mutant(
         "a pivot beside 0",
         "_moments.py",
-        "lax.select(near_zero, jnp.zeros_like(rounded), rounded)",
-        "rounded",
+        "lax.select(near_zero, jnp.zeros_like(nearest), nearest)",
+        "nearest",
         ("groups",),
     ),
     Mutant(
         "no pivot",
         "_moments.py",
-        "lax.select(near_zero, jnp.zeros_like(rounded), rounded)",
-        "jnp.zeros_like(rounded)",
+        "lax.select(near_zero, jnp.zeros_like(nearest), nearest)",
+        "jnp.zeros_like(nearest)",
         ("values",),
     ),
     Mutant(
@@ -427,16 +427,37 @@ MUTANTS = (
     Mutant(
         "the output around the sample's mean",
         "_moments.py",
-        "rounded = lax.stop_gradient(k + _rounded(m))",
-        "rounded = k",
+        "nearest = lax.stop_gradient(k + _rounded(m))",
+        "nearest = k",
         ("values",),
     ),
     Mutant(
         "numbers near the mean rounded as each loop likes",
         "_moments.py",
-        "jnp.maximum(jnp.minimum(real, largest), -largest)",
-        "real",
+        "lambda real: lax.clamp(limits.min, real, limits.max)",
+        "lambda real: real",
         ("derivatives",),
+    ),
+    Mutant(
+        "the sample's variance rounded as each loop likes",
+        "_moments.py",
+        "mean_square - _rounded(_squared_magnitude(mean))",
+        "mean_square - _squared_magnitude(mean)",
+        ("structure",),
+    ),
+    Mutant(
+        "the reciprocal of a root as each loop likes",
+        "_group_norm.py",
+        "    return 1 / lax.select(is_zero, jnp.full_like(x, jnp.inf), root)\n",
+        "    return 1 / jnp.sqrt(lax.select(is_zero, jnp.full_like(x, jnp.inf), x))\n",
+        ("structure",),
+    ),
+    Mutant(
+        "products that sum the last rows in another order",
+        "_groups.py",
+        "    more = -groups % ROWS\n",
+        "    more = 0\n",
+        ("structure",),
     ),
     Mutant(
         "the rest of the mean forgotten",
@@ -541,8 +562,8 @@ MUTANTS = (
     Mutant(
         "no derivative where variance and epsilon are 0",
         "_group_norm.py",
-        "    return 1 / jnp.sqrt(lax.select(x == 0, jnp.full_like(x, jnp.inf), x))\n",
-        "    return 1 / jnp.sqrt(x)\n",
+        "    root = jnp.sqrt(lax.select(is_zero, jnp.ones_like(x), x))\n",
+        "    root = jnp.sqrt(x)\n",
         ("values", "derivatives"),
     ),
     Mutant(
@@ -605,22 +626,22 @@ MUTANTS = (
     Mutant(
         "mask ignored in k",
         "_moments.py",
-        "sum(self._where_counted(x))",
-        "sum(x)",
+        "sums(self._where_counted(x), counts)",
+        "sums(x, counts)",
         ("mask",),
     ),
     Mutant(
         "masked elements counted",
         "_moments.py",
-        "        if self.mask is None:\n            return self._number",
-        "        if True:\n            return self._number",
+        "counts = self._where_counted(jnp.ones_like(x))",
+        "counts = jnp.ones_like(x)",
         ("mask", "groups"),
     ),
     Mutant(
         "an empty mask divides by 0",
         "_moments.py",
-        "jnp.maximum(self._over_groups(counted), 1)",
-        "self._over_groups(counted)",
+        "jnp.maximum(number.real, 1)",
+        "number.real",
         ("mask",),
     ),
     Mutant(
@@ -647,9 +668,9 @@ MUTANTS = (
     Mutant(
         "a NaN reaches other groups",
         "_groups.py",
-        "    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)\n",
-        "    product = jnp.matmul(a, b, precision=lax.Precision.HIGHEST)\n"
-        "    return product + 0 * product.sum()\n",
+        "    return product[..., :groups, :] if more else product\n",
+        "    product = product + 0 * product.sum()\n"
+        "    return product[..., :groups, :] if more else product\n",
         ("nan",),
     ),
     # Shared statistics
@@ -659,7 +680,7 @@ MUTANTS = (
         SHARED,
         "        alone = self._replace(shards=Shards(None, None))\n"
         "        sums = self.groups.sum(self.positions.sums(d, shifted))\n"
-        "        sums = sums / alone.number(x).astype(sums.dtype)\n"
+        "        sums = sums / alone.shifts(x)[2].astype(sums.dtype)\n"
         "        if self.shards.axis_name is not None:\n"
         "            sums = lax.pmean(sums, self.shards.axis_name)\n"
         "        sums = sums * n.astype(sums.dtype)\n",
@@ -675,8 +696,9 @@ MUTANTS = (
     Mutant(
         "each shard around its own pivot",
         "_moments.py",
-        "total = self._over_groups(self.positions",
-        "total = self.groups.sum(self.positions",
+        "total, number = self.positions.unpair(sums)",
+        "total, _ = self.positions.unpair(self.groups.sum(self.positions.sums(x, counts)))\n"
+        "        _, number = self.positions.unpair(sums)",
         ("sharding",),
     ),
     # How it is computed
@@ -1037,13 +1059,6 @@ MUTANTS = (
         "_group_norm.py",
         "mask = varying_as(x, mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape))",
         "mask = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)",
-        ("sharding",),
-    ),
-    Mutant(
-        "blocks of a mask that cut what devices have of x",
-        "_positions.py",
-        "sums = self._sum_at_once if self._may_be_shared else self.of(mask).sum",
-        "sums = self.of(mask).sum",
         ("sharding",),
     ),
     Mutant(

@@ -77,7 +77,7 @@ def test_it_has_no_more_operations_than_it_had(traced_for):
     """To trace and to lower them takes time in proportion."""
     traced_for("cpu")
     _, both = jaxprs(random((8, 28, 28, 128)), 32, "channels last", masked=False)
-    assert sum(1 for _ in equations(both)) <= 308
+    assert sum(1 for _ in equations(both)) <= 331
 
 
 @LAYOUT
@@ -386,13 +386,26 @@ def test_compiled_on_a_mesh_every_sum_of_a_block_stays_one_too():
 
 @NEEDS_A_CPU
 def test_compiled_the_mean_of_what_a_mask_counts_is_summed_by_blocks():
-    """Over 16 columns and 16 rows for the count, for k and for the moments; of what is left, only
-    the moments' sum is complex: of the others real parts are enough."""
+    """Over 16 columns, 16 rows and what is left, for k with the count and for the moments."""
     x = random((1, 128, 128, 24))
     mask = random((1, 128, 128, 1)) > 0
     normalized = jax.jit(lambda x, mask: jgn.group_norm(x, 6, mask=mask))
     hlo = normalized.lower(x, mask).compile().as_text()
-    assert len(re.findall(r"= c64\S* reduce\(", hlo)) == 7
+    assert len(re.findall(r"= c64\S* reduce\(", hlo)) == 6
+
+
+@NEEDS_A_CPU
+def test_compiled_no_reciprocal_of_a_root_is_approximated():
+    """XLA would vectorize it otherwise where there are more samples."""
+    x = random((4, 8, 8, 64))
+
+    def value_and_gradient(x):
+        y, vjp = jax.vjp(lambda x: jgn.group_norm(x, 8), x)
+        return y, vjp(y)
+
+    hlo = jax.jit(value_and_gradient).lower(x).compile().as_text()
+    assert " sqrt(" in hlo
+    assert " rsqrt(" not in hlo
 
 
 @NEEDS_A_CPU
@@ -512,25 +525,40 @@ def test_a_sample_gives_the_same_values_whatever_shares_its_batch():
     np.testing.assert_array_equal(y[0], jgn.group_norm(others, 6)[0])
 
 
+@MASKED
 @pytest.mark.parametrize(
     ("shape", "num_groups"),
-    [((14, 15, 24), 6), ((28, 28, 128), 32), ((7, 7, 512), 32), ((100, 30), 3), ((33, 17, 12), 1)],
+    [
+        ((14, 15, 24), 6),
+        ((28, 28, 128), 32),
+        ((7, 7, 512), 32),
+        ((100, 30), 3),
+        ((33, 17, 12), 1),
+        ((8, 8, 64), 8),
+        ((12, 12, 16), 1),
+        ((14, 14, 40), 4),
+        ((16, 256), 8),
+        ((2, 8, 7, 33), 11),
+    ],
 )
-def test_the_size_of_the_batch_and_a_samples_place_change_no_more_than_rounding(shape, num_groups):
-    """XLA divides a sum between its threads by the size of the whole array."""
+def test_the_size_of_the_batch_and_a_samples_place_in_it_change_nothing(shape, num_groups, masked):
+    """On a CPU. On a GPU parts are the larger, the more samples there are."""
+    x, cotangent = random((16, *shape), mean=100), random((16, *shape), 1)
+    mask = np.random.default_rng(2).random((*x.shape[:-1], 1)) < 0.7
 
     @jax.jit
-    def value_and_gradient(x, cotangent):
-        y, vjp = jax.vjp(lambda x: jgn.group_norm(x, num_groups), x)
+    def value_and_gradient(x, cotangent, mask):
+        mask = mask if masked else None
+        y, vjp = jax.vjp(lambda x: jgn.group_norm(x, num_groups, mask=mask), x)
         return y, vjp(cotangent)[0]
 
-    x, cotangent = random((9, *shape)), random((9, *shape), 1)
-    whole = jax.device_get(value_and_gradient(x, cotangent))
-    for batch in (slice(0, 1), slice(8, 9), slice(0, 3), slice(6, 9), slice(1, 9)):
-        part = jax.device_get(value_and_gradient(x[batch], cotangent[batch]))
+    whole = jax.device_get(value_and_gradient(x, cotangent, mask))
+    for batch in (slice(0, 1), slice(15, 16), slice(13, 16), slice(5, 16)):
+        part = jax.device_get(value_and_gradient(x[batch], cotangent[batch], mask[batch]))
         for of_part, of_whole in zip(part, whole, strict=True):
             within = tuple(range(1, x.ndim))
             difference = np.abs(of_part - of_whole[batch]).max(within)
             # 2e-7 was the most seen: a rounding of the mean, one of 1/σ, and one of the result.
             largest = np.abs(of_whole[batch]).max(within)
-            assert (difference <= 3 * np.finfo(np.float32).eps * largest).all()
+            roundings = 0 if jax.default_backend() == "cpu" else 3
+            assert (difference <= roundings * np.finfo(np.float32).eps * largest).all()
