@@ -27,6 +27,7 @@ far. As one of the other means is at least as far from μ as k, on the same side
 import functools
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
@@ -233,6 +234,8 @@ def _rounded(x: Array) -> Array:
     one, but not in another: where x has two uses, μ would be off by an ulp where it must cancel,
     and a sample's result would depend on how many there are in the batch.
     """
+    if jax.config.jax_disable_jit:
+        return x  # Nothing is contracted then; ONNX's converters know no clamp of symbolic sizes.
     limits = jnp.finfo(x.dtype)
     return by_components(lambda real: lax.clamp(limits.min, real, limits.max), x)
 
