@@ -436,7 +436,7 @@ MUTANTS = (
         "_moments.py",
         "lambda real: lax.clamp(limits.min, real, limits.max)",
         "lambda real: real",
-        ("derivatives",),
+        ("structure",),
     ),
     Mutant(
         "the sample's variance rounded as each loop likes",
