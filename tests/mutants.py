@@ -697,7 +697,8 @@ MUTANTS = (
         "each shard around its own pivot",
         "_moments.py",
         "total, number = self.positions.unpair(sums)",
-        "total, _ = self.positions.unpair(self.groups.sum(self.positions.sums(x, counts)))\n"
+        "alone = self.groups.sum(self.positions.sums(self._where_counted(x), counts))\n"
+        "        total, _ = self.positions.unpair(alone)\n"
         "        _, number = self.positions.unpair(sums)",
         ("sharding",),
     ),

@@ -385,6 +385,16 @@ def test_compiled_on_a_mesh_every_sum_of_a_block_stays_one_too():
 
 
 @NEEDS_A_CPU
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices; a CPU simulates them")
+@pytest.mark.parametrize(("size", "sums"), [(64, 4), (128, 6)])
+def test_compiled_on_a_mesh_a_long_sample_is_summed_by_blocks(size, sums):
+    """For k by columns and by rows, if it has more than 128 positions; always for the moments."""
+    x = on_a_mesh(random((2, size, size, 24)))
+    hlo = jax.jit(lambda x: jgn.group_norm(x, 6)).lower(x).compile().as_text()
+    assert len(re.findall(r"= c64\S* reduce\(", hlo)) == sums
+
+
+@NEEDS_A_CPU
 def test_compiled_the_mean_of_what_a_mask_counts_is_summed_by_blocks():
     """Over 16 columns, 16 rows and what is left, for k with the count and for the moments."""
     x = random((1, 128, 128, 24))
