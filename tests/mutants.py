@@ -432,6 +432,13 @@ MUTANTS = (
         ("values",),
     ),
     Mutant(
+        "the pivot's two uses rounded as each loop likes",
+        "_moments.py",
+        "nearest = lax.stop_gradient(k + _rounded(m))",
+        "nearest = lax.stop_gradient(k + m)",
+        ("sharding",),
+    ),
+    Mutant(
         "numbers near the mean rounded as each loop likes",
         "_moments.py",
         "lambda real: lax.clamp(limits.min, real, limits.max)",

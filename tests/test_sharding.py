@@ -100,6 +100,11 @@ def value_and_gradients(num_groups, x, scale, bias, cotangent):
     return y, vjp(cotangent)
 
 
+def value_and_x_gradient(num_groups, x, cotangent):
+    y, vjp = jax.vjp(lambda x: jgn.group_norm(x, num_groups), x)
+    return y, *vjp(cotangent)
+
+
 @functools.cache
 def wanted_of(num_groups):
     oracle = Oracle(X, num_groups, SCALE, BIAS)
@@ -135,6 +140,30 @@ def test_values_and_gradients_equal_the_unsharded_ones(layout, num_groups, axis_
 def test_values_and_gradients_equal_the_unsharded_ones_in_the_form_of_gpus(layout, traced_for):
     traced_for("gpu")
     test_values_and_gradients_equal_the_unsharded_ones(layout, SPANNING, AxisType.Auto)
+
+
+@AXIS_TYPES
+@pytest.mark.parametrize(
+    ("shape", "num_groups", "spec"),
+    [
+        ((6, 3, 4, 3), 3, P("a")),
+        ((4, 4, 6, 16), 8, P("a")),
+        ((2, 2, 3, 48), 8, P("a")),
+        ((2, 4, 7, 12), 2, P(None, "a")),
+        ((2, 5, 14, 24), 1, P(None, None, "a")),
+        ((2, 3, 5, 24), 2, P(None, None, None, "a")),
+    ],
+)
+def test_a_mean_of_a_million_deviations_costs_no_digit(shape, num_groups, spec, axis_type, backend):
+    rng = np.random.default_rng(0)
+    x, cotangent = (rng.normal(mean, 1, shape).astype(np.float32) for mean in (1e6, 0))
+    mesh = mesh_of(axis_type, a=2)
+    with jax.set_mesh(mesh):
+        placed = (jax.device_put(array, NamedSharding(mesh, spec)) for array in (x, cotangent))
+        y, gradient = jax.jit(functools.partial(value_and_x_gradient, num_groups))(*placed)
+    oracle = Oracle(x, num_groups)
+    for actual, wanted in ((y, oracle.y), (gradient, oracle.gradients(cotangent).x)):
+        assert np.all(np.abs(actual - wanted) <= 1e-6 * oracle.largest(wanted))
 
 
 @pytest.mark.parametrize(
