@@ -101,7 +101,8 @@ class Reduction(NamedTuple):
         sums = self._over_groups(self.positions.sums(self._where_counted(x), counts))
         total, number = self.positions.unpair(sums)
         n = jnp.maximum(number.real, 1)
-        return total / n.astype(x.dtype), jnp.zeros_like(n), n
+        # XLA makes a product of a quotient by what it broadcasts.
+        return _rounded(total / n.astype(x.dtype)), jnp.zeros_like(n), n
 
     def _shifts_of_sample(self, x: Array) -> tuple[Array, Array]:
         number = self.positions.number
@@ -230,9 +231,10 @@ def mean(k: Array, m: Array, variance: Array) -> tuple[Array, Array]:
 def _rounded(x: Array) -> Array:
     """Rounds x, wherever it is computed, and x's cotangent, in the same way.
 
-    Of several loops that compute a product and a sum that follows, XLA:CPU may contract the two in
-    one, but not in another: where x has two uses, μ would be off by an ulp where it must cancel,
-    and a sample's result would depend on how many there are in the batch.
+    Of several loops that compute a product (or a quotient, of which XLA may make one) and a sum
+    that follows, XLA:CPU may contract the two in one, but not in another: where x has two uses, μ
+    would be off by an ulp where it must cancel, and a sample's result would depend on how many
+    there are in the batch.
     """
     if jax.config.jax_disable_jit:
         return x  # Nothing is contracted then; ONNX's converters know no clamp of symbolic sizes.
