@@ -17,7 +17,7 @@ from jaxtyping import Bool, Num
 from jgn._activation import ActivationWithoutArrays, split_activation
 from jgn._axes import Axes, channels_of_x, check_num_groups, resolve_axes
 from jgn._blocks import ComplexPositions, PositionsInBlocks
-from jgn._devices import is_traced_for, split_as, varying_as
+from jgn._devices import is_traced_for, split_as
 from jgn._groups import Groups
 from jgn._messages import shown
 from jgn._moments import (
@@ -182,7 +182,7 @@ def _group_norm(
         return x.astype(output_dtype)
     if mask is not None:
         mask = split_as(x, range(x.ndim - mask.ndim, x.ndim), mask)
-        mask = varying_as(x, mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape))
+        mask = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
 
     def widened(x: Array) -> Array:
         x = x.astype(compute_dtype)

@@ -439,6 +439,13 @@ MUTANTS = (
         ("sharding",),
     ),
     Mutant(
+        "a masked mean rounded as each loop likes",
+        "_moments.py",
+        "_rounded(total / n.astype(x.dtype))",
+        "total / n.astype(x.dtype)",
+        ("sharding",),
+    ),
+    Mutant(
         "numbers near the mean rounded as each loop likes",
         "_moments.py",
         "lambda real: lax.clamp(limits.min, real, limits.max)",
@@ -464,6 +471,13 @@ MUTANTS = (
         "_groups.py",
         "    more = -groups % ROWS\n",
         "    more = 0\n",
+        ("structure",),
+    ),
+    Mutant(
+        "products of half as many rows at once",
+        "_groups.py",
+        "ROWS = 4\n",
+        "ROWS = 2\n",
         ("structure",),
     ),
     Mutant(
@@ -1060,13 +1074,6 @@ MUTANTS = (
         "_devices.py",
         "of_x.spec[axis] if size != 1 else None for",
         "of_x.spec[axis] for",
-        ("sharding",),
-    ),
-    Mutant(
-        "a mask that varies less than x",
-        "_group_norm.py",
-        "mask = varying_as(x, mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape))",
-        "mask = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)",
         ("sharding",),
     ),
     Mutant(
