@@ -1,5 +1,6 @@
 """An activation in two parts: its arrays, which are traced, and the rest, which is static."""
 
+import functools
 import types
 from collections.abc import Callable
 from numbers import Number
@@ -36,7 +37,7 @@ def split_activation(activation: Any) -> tuple[list[Array | None], ActivationWit
     """
     if activation is not None and not callable(activation):
         raise TypeError(f"activation must be callable: got {shown(activation)}.")
-    leaves, structure = jax.tree.flatten(_as_pytree(activation))
+    leaves, structure = jax.tree.flatten(as_pytree(activation))
     are_arrays = [isinstance(leaf, Array | np.ndarray) for leaf in leaves]
     arrays = [a if is_one else None for a, is_one in zip(leaves, are_arrays, strict=True)]
     others = [None if is_one else b for b, is_one in zip(leaves, are_arrays, strict=True)]
@@ -52,9 +53,12 @@ def split_activation(activation: Any) -> tuple[list[Array | None], ActivationWit
     return arrays, without_arrays
 
 
-def _as_pytree(activation: Any) -> Any:
-    """Makes a pytree of a method of one, so that its arrays are seen."""
-    is_method = isinstance(activation, types.MethodType)
-    if not is_method or jax.tree_util.all_leaves([activation.__self__]):
-        return activation
-    return Partial(activation.__func__, activation.__self__)
+def as_pytree(activation: Any) -> Any:
+    """Makes a pytree of a method of one, and of a `functools.partial`, so that arrays are seen."""
+    function, args, keywords = activation, (), {}
+    if isinstance(activation, functools.partial):
+        function, args, keywords = activation.func, activation.args, activation.keywords
+    is_method = isinstance(function, types.MethodType)
+    if is_method and not jax.tree_util.all_leaves([function.__self__]):
+        function, args = function.__func__, (function.__self__, *args)
+    return activation if function is activation else Partial(function, *args, **keywords)

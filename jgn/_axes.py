@@ -2,8 +2,8 @@
 
 import math
 import operator
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple, TypeGuard
 
 from jgn._messages import shown
 
@@ -28,7 +28,9 @@ class Axes(NamedTuple):
         )
 
 
-def resolve_axes(rank: int, channel_axis: int, reduction_axes: int | Sequence[int] | None) -> Axes:
+def resolve_axes(
+    rank: int, channel_axis: int, reduction_axes: int | Collection[int] | None
+) -> Axes:
     """Names the batch, spatial and channel axes of an array of this rank.
 
     Raises:
@@ -105,8 +107,8 @@ def _resolve_axis(rank: int, axis: Any, name: str, wanted: str = "an integer") -
     return index % rank
 
 
-def _resolve_reduction_axes(rank: int, reduction_axes: int | Sequence[int]) -> list[int]:
-    axes = reduction_axes if isinstance(reduction_axes, Sequence) else (reduction_axes,)
+def _resolve_reduction_axes(rank: int, reduction_axes: int | Collection[int]) -> list[int]:
+    axes = reduction_axes if has_elements(reduction_axes) else (reduction_axes,)
     wanted = "one or more integers"
     reduced = sorted(_resolve_axis(rank, axis, "reduction_axes", wanted) for axis in axes)
     if len(set(reduced)) < len(reduced):
@@ -132,6 +134,12 @@ def _as_integer(value: Any) -> int:
     if isinstance(value, bool):  # To Python, True is 1.
         raise TypeError
     return operator.index(value)
+
+
+def has_elements(value: Any) -> TypeGuard[Collection[Any]]:
+    """Whether it is a collection, but neither text nor an array of rank 0."""
+    is_collection = isinstance(value, Collection) and not isinstance(value, str | bytes)
+    return is_collection and getattr(value, "ndim", 1) > 0
 
 
 def divisors(number: int) -> list[int]:

@@ -31,8 +31,8 @@ LARGEST_PADDED_BLOCK = 13
 # so many positions along one axis, or along several, would round too much. (XLA:CPU sums 32 after
 # 32 along one axis, but term by term along several.)
 ENOUGH, LONGEST, LONGEST_OF_SEVERAL = 64, 256, 64
-# Symbolic axes have blocks of so many positions, until these cover so many in all: to pad at most 7
-# is cheap, and what is left is mostly short.
+# Symbolic axes have blocks of so many positions, until these cover so many in all: to pad the last
+# is cheap unless there are few, and what is left is mostly short.
 SYMBOLIC_BLOCK, ENOUGH_SYMBOLIC = 8, 4096
 # Of so many equal elements, at most, one sum is near enough to their multiple.
 MOST_OF_ONE_SUM = 128
@@ -136,7 +136,7 @@ class PositionsInBlocks(Positions):
 
     def sums(self, u: Array, v: Array) -> Array:
         if self._sums_are_plain:
-            return self.pair(self._sum_at_once(u), self._sum_at_once(v))
+            return super().sums(u, v)
         return self._sum_at_once(self._sums_of_blocks(u, v))
 
     def spread(self, pair: Array) -> tuple[Array, Array]:

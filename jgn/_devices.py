@@ -61,4 +61,4 @@ def varying_as(x: Array, values: Array) -> Array:
     """The values, for all devices among which x may differ, as `jax.shard_map` keeps account."""
     of_x, of_values = (jax.typeof(array).manual_axis_type.varying for array in (x, values))
     more = tuple(of_x - of_values)
-    return lax.pcast(values, more, to="varying") if more else values
+    return lax.pcast(values, more, to="varying")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -42,7 +42,7 @@ def group_norm(
     *,
     epsilon: float = 1e-5,
     channel_axis: int = -1,
-    reduction_axes: int | Sequence[int] | None = None,
+    reduction_axes: int | Collection[int] | None = None,
     mask: Bool[ArrayLike, "*broadcastable"] | None = None,
     axis_name: str | Sequence[str] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
@@ -92,11 +92,11 @@ def group_norm(
             `jax.shard_map` with `check_vma=False`.
         activation: An elementwise function such as `jax.nn.silu`, applied to
             y before it is rounded to the output's dtype; or one that is a
-            pytree, such as `nnx.PReLU()`, an equinox module or a
-            `jax.tree_util.Partial`, or a method of one, whose arrays have
-            gradients, too. What else it refers to is read when a call is
-            traced, as under `jax.jit`, and another function object is traced
-            anew.
+            pytree, such as `nnx.PReLU()` or an equinox module, a method of
+            one, or a `functools.partial`, whose arrays have gradients, too.
+            What else it refers to is read when a call is traced, as under
+            `jax.jit`, and kept until `jax.clear_caches()`; another function
+            object is traced anew.
         dtype: The dtype of the output. None: that of x, once promoted.
 
     Returns:
@@ -109,7 +109,8 @@ def group_norm(
             is symbolic; an axis is out of range, repeated or missing; scale,
             bias or mask has another shape; activation changes the shape, or
             gives complex numbers for a real output; epsilon is negative or
-            not finite; `axis_index_groups` comes without `axis_name`.
+            not finite; `axis_index_groups` comes without `axis_name`, or has
+            no group, or an empty one.
         TypeError: x, scale, bias, mask or dtype has an unusable dtype; a
             count, an axis or an index is not an integer, epsilon not a
             number, `axis_name` not one or more names; activation is not
@@ -308,8 +309,10 @@ def _as_array(value: Any, rule: str) -> Array:
         return value
     try:
         return jnp.asarray(value)
-    except (TypeError, ValueError, OverflowError):
-        raise TypeError(f"{rule}: got {shown(value)}.") from None
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # The last are torch's.
+        got, dtype = shown(value), str(getattr(value, "dtype", ""))
+        got = got if dtype in got else f"{got} of dtype {dtype}"
+        raise TypeError(f"{rule}: got {got}.") from error
 
 
 _FLOATING = tuple(
@@ -408,4 +411,9 @@ def _shards(axis_name: Any, axis_index_groups: Any) -> Shards:
             "axis_index_groups must be a sequence of groups of indices: "
             f"got {shown(axis_index_groups)}."
         ) from None
+    if not groups or not all(groups):
+        raise ValueError(
+            "axis_index_groups must be one or more groups of one or more indices: "
+            f"got {shown(axis_index_groups)}."
+        )
     return Shards(names, groups)

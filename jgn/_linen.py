@@ -1,6 +1,6 @@
 """The flax.linen layer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -36,7 +36,8 @@ class GroupNorm(nn.Module):
         axis_index_groups: Which indices along `axis_name` share moments.
         channel_axis: The axis of the channels.
         activation: An elementwise function applied to the result, such as `nn.silu`. A module of
-            flax.linen has no place here; call it on the result. Arrays of one are constants.
+            flax.linen has no place here; call it on the result. Arrays of one are constants. What a
+            function refers to is read when a call is traced.
 
     Example:
         >>> import flax.linen as nn, jax, jgn
@@ -56,7 +57,7 @@ class GroupNorm(nn.Module):
     use_scale: bool = True
     bias_init: Initializer = nn.initializers.zeros
     scale_init: Initializer = nn.initializers.ones
-    reduction_axes: int | Sequence[int] | None = None
+    reduction_axes: int | Collection[int] | None = None
     axis_name: str | Sequence[str] | None = None
     axis_index_groups: Sequence[Sequence[int]] | None = None
     channel_axis: int = -1
@@ -87,6 +88,7 @@ class GroupNorm(nn.Module):
             ValueError: the groups are given by both count and size or by neither; a scale or bias
                 is given to a layer that learns its own; or as in `jgn.group_norm`.
             TypeError, NameError, NotImplementedError: as in `jgn.group_norm`.
+            flax.errors.ScopeParamShapeError: x has other channels than the parameters.
         """
         x = as_numbers(x, "x")
         axes = resolve_axes(x.ndim, self.channel_axis, self.reduction_axes)

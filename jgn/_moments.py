@@ -193,7 +193,7 @@ def kept(per_group: Array, name: str) -> Array:
 def is_constant(m: Array, variance: Array) -> Array:
     """Whether the elements of a group are equal, so that its variance is only rounding."""
     eps = jnp.finfo(variance.dtype).eps
-    return lax.stop_gradient(variance <= ROUNDED * eps * _squared_magnitude(m))
+    return variance <= ROUNDED * eps * _squared_magnitude(m)
 
 
 # Of `jax.lax` where it says the same: JAX traces a function of `jax.numpy` as a program of its own.
@@ -223,7 +223,7 @@ def mean(k: Array, m: Array, variance: Array) -> tuple[Array, Array]:
     it is 0: then x minus it is exact for all x.
     """
     nearest = lax.stop_gradient(k + _rounded(m))
-    near_zero = lax.stop_gradient(_squared_magnitude(nearest) < NEAR_ZERO**2 * variance)
+    near_zero = _squared_magnitude(nearest) < NEAR_ZERO**2 * variance
     pivot = lax.select(near_zero, jnp.zeros_like(nearest), nearest)
     return pivot, m - (pivot - k)
 

@@ -36,6 +36,9 @@ _SPELLINGS = {
     "keras": ("gamma", "beta"),
 }
 
+# What a tree is made of; all else is a leaf.
+_CONTAINERS = (Mapping, list, tuple)
+
 _ATTRIBUTES_OF_TORCH = ("num_groups", "num_channels", "eps", "affine", "weight", "bias")
 
 
@@ -51,10 +54,10 @@ def from_torch(module: Any) -> tuple[GroupNorm, dict[str, dict[str, np.ndarray]]
         module's parameters, bit for bit and in their own dtype, as NumPy arrays.
 
     Raises:
-        TypeError: the module lacks one of the attributes, or its parameters are not numbers, or its
-            `eps` is none.
-        ValueError: the groups do not divide the channels, a parameter has another shape, or `eps`
-            is negative or not finite.
+        TypeError: the module lacks one of the attributes, its parameters or its `eps` are not
+            numbers, or a count is not an integer.
+        ValueError: the groups do not divide the channels, a count is less than 1, a parameter has
+            another shape, or `eps` is negative or not finite.
 
     Example:
         >>> import types
@@ -292,9 +295,6 @@ def _split(key: Any) -> tuple[Any, Any]:
         return None, key
     prefix = re.sub(r"[^./]*\Z", "", key)
     return prefix, key.removeprefix(prefix)
-
-
-_CONTAINERS = (Mapping, list, tuple)
 
 
 def _mapping_like(tree: Mapping[Any, Any], items: dict[Any, Any]) -> Any:

@@ -1,6 +1,7 @@
 """The flax.nnx layer; `import jgn` alone does not import it, nor flax.nnx."""
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType, MethodType
 from typing import Any
 
@@ -12,8 +13,8 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Num
 
-from jgn._activation import split_activation
-from jgn._axes import num_groups_from, positive_integer, resolve_axes
+from jgn._activation import as_pytree, split_activation
+from jgn._axes import has_elements, num_groups_from, positive_integer, resolve_axes
 from jgn._group_norm import as_numbers, checked_epsilon, group_norm
 from jgn._linen import refuse_both
 
@@ -44,7 +45,8 @@ class GroupNorm(nnx.Module):
         channel_axis: The axis of the channels.
         activation: An elementwise function applied to the result, such as `nnx.silu`, or a module
             that has parameters alone, such as `nnx.PReLU()`; one that changes a state of its own
-            has no place here.
+            has no place here. What a function refers to is read when a call is traced: later
+            changes of a module's parameters in a `lambda` go unseen.
         rngs: Where the initializers take their keys from.
         bias_metadata: Metadata of the bias, such as its sharding.
         scale_metadata: Metadata of the scale.
@@ -52,8 +54,9 @@ class GroupNorm(nnx.Module):
     Raises:
         ValueError: the groups do not divide `num_features`, or are given by both count and size or
             by neither; a count is less than 1; epsilon is negative or not finite.
-        TypeError: a count is not an integer, epsilon not a number; activation is not callable, or a
-            module that is no pytree.
+        TypeError: a count is not an integer, epsilon not a number; activation is not callable, a
+            module that is no pytree, a method of a module or pytree, or not hashable apart from its
+            arrays.
 
     Example:
         >>> import jax
@@ -77,7 +80,7 @@ class GroupNorm(nnx.Module):
         use_scale: bool = True,
         bias_init: Initializer = nnx.initializers.zeros,
         scale_init: Initializer = nnx.initializers.ones,
-        reduction_axes: int | Sequence[int] | None = None,
+        reduction_axes: int | Collection[int] | None = None,
         axis_name: str | Sequence[str] | None = None,
         axis_index_groups: Sequence[Sequence[int]] | None = None,
         channel_axis: int = -1,
@@ -164,11 +167,12 @@ def _checked_activation(activation: Any) -> Any:
     arrays, _ = split_activation(activation)
     has_arrays = any(array is not None for array in arrays)
     # The owner is no attribute of the layer: what is compiled would keep its first parameters.
-    owner = getattr(activation, "__self__", None)
-    if isinstance(activation, MethodType) and (has_arrays or isinstance(owner, nnx.Module)):
+    function = activation.func if isinstance(activation, functools.partial) else activation
+    owner = getattr(function, "__self__", None)
+    if isinstance(function, MethodType) and (has_arrays or isinstance(owner, nnx.Module)):
         raise TypeError(
             "activation must not be a method of a module or pytree: got "
-            f"{activation.__qualname__}; give the module itself, or call it on the result instead."
+            f"{function.__qualname__}; give the module itself, or call it on the result instead."
         )
     opaque = [leaf for leaf in jax.tree.leaves(activation) if isinstance(leaf, nnx.Module)]
     if opaque:
@@ -176,11 +180,9 @@ def _checked_activation(activation: Any) -> Any:
             f"activation must be a pytree if it is a module: got {type(opaque[0]).__name__}, which "
             "is declared with pytree=False; call it on the result instead."
         )
-    return nnx.data(activation) if has_arrays else activation
+    return nnx.data(as_pytree(activation)) if has_arrays else activation
 
 
 def _hashable(value: Any) -> Any:
-    """nnx hashes a layer's attributes, and a list has no hash."""
-    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
-        return value
-    return tuple(map(_hashable, value))
+    """nnx hashes a layer's attributes, and a list has no hash, nor has an array."""
+    return tuple(map(_hashable, value)) if has_elements(value) else value

@@ -1,5 +1,7 @@
 """Activations that have arrays: their values, gradients and memory, of any framework's kind."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -65,6 +67,37 @@ def test_a_method_sees_what_became_of_its_pytree():
     fused(module.__call__)
     module.negative_slope[...] = jnp.float32(5)
     np.testing.assert_allclose(fused(module.__call__), apart(module), rtol=1e-6)
+
+
+def python_partial(slope):
+    """Made anew in each call, as in the method of a layer; JAX takes it for one leaf."""
+    return functools.partial(jax.nn.leaky_relu, negative_slope=slope)
+
+
+@pytest.mark.parametrize("slope", [0.2, jnp.float32(0.2), np.full((), 0.2, np.float32)], ids=type)
+def test_a_partial_of_python_is_no_function_made_anew(slope):
+    np.testing.assert_allclose(fused(python_partial(slope)), apart(partial(0.2)), rtol=1e-6)
+    compiled = _group_norm._cache_size()
+    fused(python_partial(slope))
+    assert _group_norm._cache_size() == compiled
+
+
+def test_a_partial_of_python_sees_what_became_of_its_arrays():
+    module, slope = prelu(0.1), np.full((), 0.1, np.float32)
+    activations = functools.partial(module.__call__), python_partial(slope)
+    for activation in activations:
+        np.testing.assert_allclose(fused(activation), apart(prelu(0.1)), rtol=1e-6)
+    module.negative_slope[...] = jnp.float32(5)
+    slope[...] = 5
+    for activation in activations:
+        np.testing.assert_allclose(fused(activation), apart(prelu(5)), rtol=1e-6)
+
+
+def test_arrays_of_a_partial_of_python_have_gradients():
+    def gradient(function):
+        return jax.grad(lambda slope: function(python_partial(slope)).sum())(jnp.float32(0.3))
+
+    np.testing.assert_allclose(gradient(fused), gradient(apart), rtol=1e-5)
 
 
 @EVERY_KIND

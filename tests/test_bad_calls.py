@@ -148,6 +148,9 @@ def bad_options(generator, x, _):
     for bad in (3, ((0, 0.5),), (("a",),)):
         rule = f"axis_index_groups must be a sequence of groups of indices: got {bad}."
         yield {"axis_name": "a", "axis_index_groups": bad}, TypeError, rule
+    for bad in ((), ((),), ((0,), ())):
+        rule = f"axis_index_groups must be one or more groups of one or more indices: got {bad}."
+        yield {"axis_name": "a", "axis_index_groups": bad}, ValueError, rule
     rule = "axis_index_groups needs axis_name: got ((0,),) with axis_name=None."
     yield {"axis_index_groups": ((0,),)}, ValueError, rule
 

@@ -44,6 +44,40 @@ def test_each_seed_learns_in_its_own_way():
     assert any(first != second for first, second in epochs)
 
 
+@pytest.mark.parametrize(("images", "learning_rate"), [(32, 0.003), (128, 0.006), (2, 0.00075)])
+def test_the_learning_rate_grows_as_the_root_of_the_batch(monkeypatch, images, learning_rate):
+    train, test = load()
+    rates = []
+
+    def create_state(network, key, learning_rate, total_steps):
+        rates.append(learning_rate)
+        raise StopIteration
+
+    monkeypatch.setattr(batch_size, "create_state", create_state)
+    options = {"epochs": 1, "seeds": 1, "batch_size": images, "norm": "none", "groups": 4}
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        next(errors_of_training(train, test, **options))
+    assert rates == [pytest.approx(learning_rate)]
+
+
+def test_every_epoch_has_an_order_of_its_own(monkeypatch):
+    train, test = load()
+    few = Digits(train.images[:64], train.labels[:64])
+    orders = []
+
+    def shuffled_batches(key, examples, images):
+        jax.debug.callback(
+            lambda data: orders.append(tuple(data.tolist())), jax.random.key_data(key)
+        )
+        return jax.numpy.arange(examples).reshape(-1, images)
+
+    monkeypatch.setattr(batch_size, "shuffled_batches", shuffled_batches)
+    options = {"epochs": 3, "seeds": 1, "batch_size": 32, "norm": "none", "groups": 4}
+    with jax.numpy_dtype_promotion("standard"):  # As optax needs.
+        list(errors_of_training(few, test, **options))
+    assert len(set(orders)) == 3
+
+
 def test_every_setting_is_trained_once_and_written(tmp_path, no_training):
     out = tmp_path / "errors.json"
     assert main(arguments(out)) == 0
@@ -130,6 +164,10 @@ def test_results_go_where_a_link_points_to(tmp_path):
     [
         (
             '{"epochs": 3, "seeds": 2, "channels": 16, "results": []}',
+            "it has results of other options; choose another --out.",
+        ),
+        (
+            '{"epochs": 2, "seeds": 2, "channels": 8, "results": []}',
             "it has results of other options; choose another --out.",
         ),
         ("not JSON", NO_RESULTS),

@@ -497,6 +497,46 @@ def test_the_table_shows_times_bandwidths_and_ratios():
     assert "torch" not in shown
 
 
+def test_the_table_shows_means_and_what_is_known_beside_times():
+    def facts(factor):
+        return {
+            "error": factor * 1e-7,
+            "kept": factor,
+            "kept_with_silu": 2 * factor,
+            "forward_temporary_bytes": factor * 1_000_000,
+            "temporary_bytes": factor * 3_000_000,
+            "compile_seconds": factor,
+        }
+
+    rows = []
+    for factor in (1, 2, 9):
+        row = result(jgn=3.0 * factor, flax=4.0)
+        for name, contender in row["contenders"].items():
+            contender["forward and backward"] = {
+                "best": {"jgn": 3.0, "flax": 12.0}[name],
+                "median": 12.0,
+                "spread": 0.5,
+            }
+            contender.update(facts(factor) if name == "jgn" else {"error": 1e-6})
+        rows.append(row)
+    shown = report.table({**report_of(*rows), "peers": ["flax"]})
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    # (1 · 2 · 9)^(1/3) = 2.62 times 3/4, and that over three passes of a second each.
+    assert "geometric mean 1.97 / 0.25 2.62" in lines
+    assert "jgn 9.0e-07 9.00 x 18.00 x 9.00 x / 27.00 x 2.00 s" in lines
+    assert "flax 1.0e-06" in lines
+
+
+def test_a_chart_names_the_peer_of_each_panel(monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    monkeypatch.setattr(figure, "savefig", lambda drawn, *_, **__: figures.append(drawn))
+    figures = []
+    report.chart(report_of(result(jgn=1.0, flax=2.0, torch=4.0)), "svg")
+    panels = {panel.get_title(): panel for panel in figures[0].axes}
+    assert list(panels) == ["flax", "torch"]
+    assert [panel.patches[0].get_width() for panel in panels.values()] == [0.5, 0.25]
+
+
 def test_a_chart_does_without_what_failed():
     pytest.importorskip("matplotlib")
     picture = report.chart(report_of(result(jgn=1.0, flax=2.0), result(flax=2.0)), "svg")

@@ -54,6 +54,20 @@ FUNCTION = [
         "num_groups must be an integer known when the call is traced: "
         "got array([1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., ….",
     ),
+    *(
+        (x, {}, TypeError, f"x must be an array of numbers: got {shown}.")
+        for x, shown in (
+            (np.zeros(4, ">f4"), "array([0., 0., 0., 0.], dtype='>f4')"),
+            (
+                np.zeros((9, 8), ">f4"),
+                "array([[0., 0., 0., 0., 0., 0., 0., 0.], [0., 0., 0., 0., 0… of dtype >f4",
+            ),
+            (
+                np.ma.masked_array(np.ones(2), [False, True]),
+                "masked_array(data=[1.0, --], mask=[False, True], fill_value… of dtype float64",
+            ),
+        )
+    ),
     (X, {"num_groups": 0}, ValueError, "num_groups must be 1 or more: got 0."),
     (X, {"num_groups": -2}, ValueError, "num_groups must be 1 or more: got -2."),
     *(
@@ -114,7 +128,9 @@ FUNCTION = [
         for axes, bad in (
             ((1.0, 2), 1.0),
             ((True, 2), True),
-            (np.array([1, 2]), np.array([1, 2])),
+            (np.array([1.0, 2.0]), np.float64(1.0)),
+            (np.array(1.0), np.array(1.0)),
+            ("12", "12"),
         )
     ),
     (
@@ -241,6 +257,15 @@ FUNCTION = [
         {"axis_name": "a", "axis_index_groups": ((0, 1.5),)},
         TypeError,
         "axis_index_groups must be a sequence of groups of indices: got ((0, 1.5),).",
+    ),
+    *(
+        (
+            X,
+            {"axis_name": "a", "axis_index_groups": groups},
+            ValueError,
+            f"axis_index_groups must be one or more groups of one or more indices: got {groups}.",
+        )
+        for groups in ((), ((),), ((0,), ()))
     ),
     (
         X,

@@ -95,6 +95,11 @@ def test_the_number_of_channels_may_be_numpys():
     assert variables["params"]["scale"].shape == (CHANNELS,)
 
 
+def test_a_number_of_channels_of_torchs_that_is_no_integer_is_named():
+    with pytest.raises(TypeError, match=r"^num_channels must be an integer .*: got 12\.0\.$"):
+        from_torch(module_like_torch(num_channels=12.0))
+
+
 def test_the_layer_normalizes_channels_first():
     x, module = random((2, CHANNELS, 5, 4)), module_like_torch()
     layer, variables = from_torch(module)
@@ -108,6 +113,7 @@ def test_the_layer_normalizes_channels_first():
     ("attributes", "learned"),
     [
         ({"affine": False, "weight": None, "bias": None}, []),
+        ({"affine": False}, []),
         ({"bias": None}, ["scale"]),
         ({"weight": None}, ["bias"]),
     ],
@@ -200,7 +206,7 @@ def test_a_parameter_that_is_no_array_of_numbers_is_named(bad, shown):
 # to_torch
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, "complex64"])
 @pytest.mark.parametrize("learned", [(), ("scale",), ("bias",), ("scale", "bias")])
 def test_torch_and_back_keeps_every_bit(dtype, learned):
     pytest.importorskip("torch")
@@ -215,6 +221,7 @@ def test_torch_and_back_keeps_every_bit(dtype, learned):
     params = {name: random((CHANNELS,), len(name), dtype=dtype) for name in learned}
     variables = {"params": params} if params else {}
     module = to_torch(layer, variables, num_channels=CHANNELS)
+    assert module.affine == bool(learned)
     again, its_variables = from_torch(module)
     assert again == layer
     jax.tree.map(assert_same_bits, its_variables, variables)
@@ -575,6 +582,10 @@ def test_modules_that_are_called_like_parameters_are_none():
     tree = {"weight": {"kernel": 1.0}, "bias": [{"bias": 2.0}]}
     converted = convert_params(tree, source="torch", target="keras", where=lambda path: True)
     assert converted == {"weight": {"kernel": 1.0}, "bias": [{"beta": 2.0}]}
+    several = {"weight": (1.0, 2.0), "bias": 3.0}
+    assert (
+        convert_params(several, source="torch", target="keras", where=lambda path: True) == several
+    )
 
 
 def test_a_mapping_with_its_own_constructor_is_kept():

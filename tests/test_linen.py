@@ -159,8 +159,11 @@ def test_inside_compact_and_setup_it_is_the_same_layer():
     chex.assert_trees_all_equal(Compact().apply(compact, X), Setup().apply(compact, X))
 
 
-def test_unbatched_under_vmap_with_reduction_axes():
-    layer = jgn.GroupNorm(GROUPS, reduction_axes=(0, 1, 2))
+@pytest.mark.parametrize(
+    "reduction_axes", [(0, 1, 2), [0, 1, 2], {-1, 0, 1}, np.arange(3)], ids=type
+)
+def test_unbatched_under_vmap_with_reduction_axes(reduction_axes):
+    layer = jgn.GroupNorm(GROUPS, reduction_axes=reduction_axes)
     y = jax.vmap(lambda x: layer.apply(VARIABLES, x))(X)
     assert_close(y, Oracle(X, GROUPS, SCALE, BIAS).y)
 

@@ -99,3 +99,10 @@ def test_torch_itself_over_random_shapes(seed):
     for dtype in ("float32", "bfloat16"):
         wanted = torch_results(*given, num_groups, dtype)
         assert_same(given, wanted, num_groups, dtype)
+
+
+def test_a_tensor_in_a_graph_is_refused_with_torchs_own_way_out():
+    torch = pytest.importorskip("torch")
+    with pytest.raises(TypeError, match=r"of dtype torch\.float32\.$") as error:
+        jgn.group_norm(torch.ones(2, 4, requires_grad=True), 2)
+    assert "detach()" in str(error.value.__cause__)
