@@ -97,7 +97,9 @@ class GroupNorm(nnx.Module):
         self.param_dtype = param_dtype
         self.use_bias = use_bias
         self.use_scale = use_scale
-        self.reduction_axes: int | tuple[int, ...] | None = _hashable(reduction_axes)
+        self.reduction_axes: int | Collection[int] | None = (
+            tuple(reduction_axes) if has_elements(reduction_axes) else reduction_axes
+        )
         self.axis_name: str | tuple[str, ...] | None = _hashable(axis_name)
         self.axis_index_groups: tuple[tuple[int, ...], ...] | None = _hashable(axis_index_groups)
         self.channel_axis = channel_axis
@@ -164,12 +166,12 @@ class GroupNorm(nnx.Module):
 
 
 def _checked_activation(activation: Any) -> Any:
-    arrays, _ = split_activation(activation)
-    has_arrays = any(array is not None for array in arrays)
+    has_arrays = _has_arrays(activation)
     # The owner is no attribute of the layer: what is compiled would keep its first parameters.
     function = activation.func if isinstance(activation, functools.partial) else activation
-    owner = getattr(function, "__self__", None)
-    if isinstance(function, MethodType) and (has_arrays or isinstance(owner, nnx.Module)):
+    if isinstance(function, MethodType) and (
+        isinstance(function.__self__, nnx.Module) or _has_arrays(function)
+    ):
         raise TypeError(
             "activation must not be a method of a module or pytree: got "
             f"{function.__qualname__}; give the module itself, or call it on the result instead."
@@ -183,6 +185,13 @@ def _checked_activation(activation: Any) -> Any:
     return nnx.data(as_pytree(activation)) if has_arrays else activation
 
 
+def _has_arrays(activation: Any) -> bool:
+    arrays, _ = split_activation(activation)
+    return any(array is not None for array in arrays)
+
+
 def _hashable(value: Any) -> Any:
-    """nnx hashes a layer's attributes, and a list has no hash, nor has an array."""
-    return tuple(map(_hashable, value)) if has_elements(value) else value
+    """nnx hashes a layer's attributes, and a list has no hash."""
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        return value
+    return tuple(map(_hashable, value))

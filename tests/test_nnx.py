@@ -272,6 +272,15 @@ def test_an_activation_may_be_a_partial_whose_arrays_are_state(partial):
     assert 3 in [value.item() for value in jax.tree.leaves(nnx.state(module)) if value.ndim == 0]
 
 
+def test_a_partial_of_a_method_of_no_pytree_is_one_of_a_function():
+    class Factor:
+        def times(self, factor, y):
+            return factor * y
+
+    module = layer(activation=functools.partial(Factor().times, jnp.float32(3)))
+    chex.assert_trees_all_close(module(X), 3 * layer()(X), rtol=1e-5, atol=1e-5)
+
+
 def test_a_network_trains():
     """It learns which of two waves each sequence holds, with every norm moving on the way."""
     labels = np.arange(64) % 2
