@@ -639,6 +639,41 @@ def test_bad_options_are_told_before_any_work(monkeypatch, capsys, arguments, te
     assert text in capsys.readouterr().err
 
 
+def test_a_peer_that_is_not_installed_is_told_before_any_work(monkeypatch, capsys):
+    monkeypatch.setattr(command, "compare", None)
+    monkeypatch.setattr(command, "is_installed", lambda name: name != "haiku")
+    with pytest.raises(SystemExit, match="2"):
+        main(["--peers", "flax", "haiku"])
+    assert "haiku is not installed: the package 'haiku' is missing." in capsys.readouterr().err
+
+
+def test_what_is_named_twice_is_measured_once(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    asked = []
+
+    def compare(workloads, dtypes, peers, rounds):
+        asked.append(([workload.name for workload in workloads], dtypes, peers, rounds))
+        return report_of(result(jgn=1.0, flax=2.0))
+
+    monkeypatch.setattr(command, "compare", compare)
+    main(
+        [
+            *("--workloads", "pyramid-5", "unet-top", "pyramid-5", "--peers", "flax", "flax"),
+            *(
+                "--dtype",
+                "bfloat16",
+                "bfloat16",
+                "--rounds",
+                "3",
+                "--plot",
+                str(tmp_path / "b.PNG"),
+            ),
+        ]
+    )
+    assert asked == [(["unet-top", "pyramid-5"], ["bfloat16"], ["flax"], 3)]
+    assert (tmp_path / "b.PNG").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_directory_that_takes_no_file_is_told_before_any_work(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "compare", None)
     monkeypatch.setattr(os, "access", lambda *_: False)  # Root may write anywhere.
