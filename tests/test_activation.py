@@ -1,5 +1,6 @@
 """Activations that have arrays: their values, gradients and memory, of any framework's kind."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -91,6 +92,18 @@ def test_a_partial_of_python_sees_what_became_of_its_arrays():
     slope[...] = 5
     for activation in activations:
         np.testing.assert_allclose(fused(activation), apart(prelu(5)), rtol=1e-6)
+
+
+def test_a_method_of_an_object_without_a_hash_is_a_function():
+    @dataclasses.dataclass
+    class Factor:
+        factor: float
+
+        def times(self, y):
+            return self.factor * y
+
+    for activation in (Factor(3.0).times, functools.partial(Factor(3.0).times)):
+        np.testing.assert_allclose(fused(activation), apart(activation), rtol=1e-6)
 
 
 def test_arrays_of_a_partial_of_python_have_gradients():
