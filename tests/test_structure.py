@@ -166,12 +166,15 @@ def assert_one_short_sum_a_pass(x, num_groups, layout):
 
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices; a CPU simulates them")
-def test_on_two_cpus_without_whole_blocks_both_sums_are_plain(traced_for):
-    """Of 46 positions, 23 to a device, there are no whole blocks."""
+@pytest.mark.parametrize(
+    ("positions", "dtypes"), [(46, [np.float32] * 4), (92, [np.complex64] * 2)]
+)
+def test_on_two_cpus_both_sums_are_plain_only_without_whole_blocks(positions, dtypes, traced_for):
+    """Of 46 positions, 23 to a device, there are none; of 92 there are blocks of 2."""
     traced_for("cpu")
-    x = on_a_mesh(random((4, 46, 24)))
+    x = on_a_mesh(random((4, positions, 24)))
     sums = large_sums(jaxprs(x, 1, "channels last", masked=False)[1], x.size)
-    assert [summed.invars[0].aval.dtype for summed in sums] == [np.float32] * 4
+    assert [summed.invars[0].aval.dtype for summed in sums] == dtypes
 
 
 @MASKED
